@@ -1,0 +1,3 @@
+module diffusion-operator.io/testkit/tools/pause
+
+go 1.26.0
