@@ -10,18 +10,18 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from testkit.waiting import wait_until
-
 # The shell waits for its child, and beside it a reader waits for the end of the pipe that only the starter holds: when
 # the starter is gone, however it went, the reader ends the child. Needs neither root nor Linux.
 _GUARD = """
 exec 3<&0
 "$@" 3<&- </dev/null &
 child=$!
-{ read -r _ <&3; kill -KILL $child; } &
+trap 'kill -TERM $child 2>/dev/null' TERM
+{ read -r _ <&3; kill -KILL $child 2>/dev/null; } &
 reader=$!
 exec 3<&-
 wait $child; code=$?
+while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
 kill -KILL $reader 2>/dev/null
 exit $code
 """
@@ -64,31 +64,39 @@ class ServerProcess:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self, *, grace_seconds: float = 5) -> None:
-        """End it: SIGTERM, then SIGKILL after the grace. Harmless when it has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            wait_until(lambda: not self._group_alive(), describe=f"{self.name} to end", timeout=grace_seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """End it: SIGTERM, then SIGKILL after the grace (at once with 0). Harmless when it has ended."""
+        self.resume()
+        if grace_seconds and self.running:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=grace_seconds)
         if self._process.stdin:
-            self._process.stdin.close()
+            self._process.stdin.close()  # the guard kills the server now, if it has not ended, and reaps it
         self._process.wait()
 
-    def _group_alive(self) -> bool:
-        self._process.poll()
-        try:
-            os.killpg(self._process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+    def pause(self) -> None:
+        """Stop it in its tracks (SIGSTOP): it neither answers nor closes its connections."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after `pause`; harmless otherwise."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGCONT)
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
+def flags(options: Mapping[str, object]) -> list[str]:
+    """Return options as `--name=value`; true and false are spelt as Go's flags want them."""
+    spelt = {name: str(value).lower() if isinstance(value, bool) else value for name, value in options.items()}
+    return [f"--{name}={value}" for name, value in spelt.items()]
+
+
+def free_ports(count: int, *, address: str = "127.0.0.1") -> list[int]:
+    """Return ports that were free a moment ago, all different."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((address, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def listening(address: str, port: int) -> bool:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from testkit import tools
-from testkit.process import ServerProcess, free_port, listening
+from testkit.process import ServerProcess, free_ports, listening
 from testkit.waiting import wait_until
 
 
@@ -76,7 +76,7 @@ class S3Server:
         for bucket in self.buckets:
             (data / bucket).mkdir(parents=True, exist_ok=True)
         data.mkdir(parents=True, exist_ok=True)
-        port = self._fixed_port or free_port(self.address)
+        port = self._fixed_port or free_ports(1, address=self.address)[0]
         self._credentials = S3Credentials(
             endpoint_url=f"http://{self.address}:{port}",
             access_key_id="testkit",

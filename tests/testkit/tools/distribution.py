@@ -30,7 +30,7 @@ def missing(packages: Sequence[str]) -> list[str]:
 
 
 def require(packages: Sequence[str], *, purpose: str) -> None:
-    """Install what is missing of `packages`; raise `MissingPackagesError` with one sentence where that cannot be done."""
+    """Install what is missing of `packages`; raise `MissingPackagesError` with one sentence where we may not."""
     lacking = missing(packages)
     if not lacking:
         return
