@@ -6,6 +6,7 @@ one message and nothing else: errors cross process borders by pickle.
 """
 
 
+# ruff: noqa: N818 - the names say what happened; "Error" at the end of each would say nothing more
 class TrainerError(Exception):
     """Base of everything the trainer raises on purpose."""
 

@@ -80,7 +80,7 @@ class Head:
         return replace(self, fence=attempt, start=self.start + 1 if attempt == self.fence else 0)
 
     def committed(self, entry: Entry, *, keep_last: int, best: Best | None) -> Head:
-        """Return the head after a commit: the last `keep_last` good entries (damaged ones among them stay) and the best."""
+        """Return the head after a commit: the last `keep_last` good entries, damaged ones among them, and the best."""
         pinned = best or self.best
         kept: list[Entry] = []
         good = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_trainer.checkpoint.head import Best, Entry, Head, Lease
+from diffusion_trainer.checkpoint.head import Entry, Head, Lease
 from diffusion_trainer.checkpoint.snapshot import Snapshot
 from diffusion_trainer.objectstore import ObjectStore
 

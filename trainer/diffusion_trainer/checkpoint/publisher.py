@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from diffusion_trainer.checkpoint.head import Entry, Lease
 from diffusion_trainer.checkpoint.ledger import Retention
@@ -26,12 +27,12 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where and as whom to publish. Picklable: `open_store` is e.g. `functools.partial(open_store, uri, credentials=...)`."""
+    """Where and as whom to publish. Picklable: `open_store` is e.g. `functools.partial(open_store, uri)`."""
 
     open_store: Callable[[], ObjectStore]
     lease: Lease
     run_spec_sha: str
-    retention: Retention = Retention()
+    retention: Retention = field(default_factory=Retention)
 
 
 class Publisher:
@@ -94,7 +95,7 @@ class Publisher:
         """Finish the save in flight, end the uploader, remove the staging folder. Raises like `flush`."""
         raise NotImplementedError
 
-    def __enter__(self) -> Publisher:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -30,16 +30,19 @@ def _fault(key: str) -> str | None:
     if any(ord(character) < 0x20 or ord(character) == 0x7F for character in key):
         return "it has control characters"
     try:
-        encoded = key.encode()
+        length = len(key.encode())
     except UnicodeEncodeError:
         return "it is not valid Unicode"
-    if len(encoded) > _KEY_BYTES:
-        return f"it is {len(encoded)} bytes long, over {_KEY_BYTES}"
-    for segment in key.split("/"):
-        if segment in {"", ".", ".."}:
-            return "it is absolute, ends in '/', or has an empty, '.' or '..' segment"
-        if segment.startswith(RESERVED):
-            return f"names starting with {RESERVED} are reserved"
-        if len(segment.encode()) > _SEGMENT_BYTES:
-            return f"a segment is longer than {_SEGMENT_BYTES} bytes"
+    if length > _KEY_BYTES:
+        return f"it is {length} bytes long, over {_KEY_BYTES}"
+    return next(filter(None, map(_fault_of_segment, key.split("/"))), None)
+
+
+def _fault_of_segment(segment: str) -> str | None:
+    if segment in {"", ".", ".."}:
+        return "it is absolute, ends in '/', or has an empty, '.' or '..' segment"
+    if segment.startswith(RESERVED):
+        return f"names starting with {RESERVED} are reserved"
+    if len(segment.encode()) > _SEGMENT_BYTES:
+        return f"a segment is longer than {_SEGMENT_BYTES} bytes"
     return None

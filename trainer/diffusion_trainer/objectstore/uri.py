@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from diffusion_trainer.errors import InvalidUri, UnsupportedScheme
 from diffusion_trainer.objectstore.base import ObjectStore
