@@ -1,0 +1,204 @@
+"""DiffusionTrainingJob: what a user writes, section by section, and what the operator answers (`status.py`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from diffusion_api import names
+from diffusion_api.dataset import Dataset
+from diffusion_api.meta import ApiModel, Cel, cel
+from diffusion_api.method import MEMBERS, DreamBooth, FineTune, LoRA, Method, TextualInversion
+from diffusion_api.model import Model
+from diffusion_api.output import Credentials, Output
+from diffusion_api.resources import Notification, PodOverrides, Resources, RunPolicy
+from diffusion_api.training import DEFAULTS, Training
+from diffusion_api.validation import Checkpoint, Tracking, Validation
+
+_IMMUTABLE = ("method", "model", "dataset", "training", "validation", "output", "resources")
+_IMMUTABLE_OPTIONAL = ("lora", "dreamBooth", "fineTune", "textualInversion")
+_HOW_TO_CHANGE = "cannot be changed: it decides the result. Delete the job, or create another one under a new name"
+
+
+def _spec_rules() -> list[Cel]:
+    rules = [
+        Cel(
+            "!has(self.lora) || self.method in ['LoRA', 'DreamBooth']",
+            '"lora does not belong to method " + self.method + ": remove it, or set method: LoRA"',
+            expression=True,
+            field=".lora",
+        ),
+        Cel(
+            "(self.method == 'DreamBooth') == has(self.dreamBooth)",
+            '"method " + self.method + (has(self.dreamBooth) ? \' does not read dreamBooth: remove it, or set method: '
+            "DreamBooth' : ' needs dreamBooth.instancePrompt')",
+            expression=True,
+        ),
+        Cel(
+            "!has(self.fineTune) || self.method == 'FineTune'",
+            '"fineTune does not belong to method " + self.method + ": remove it, or set method: FineTune"',
+            expression=True,
+            field=".fineTune",
+        ),
+        Cel(
+            "(self.method == 'TextualInversion') == has(self.textualInversion)",
+            '"method " + self.method + (has(self.textualInversion) ? \' does not read textualInversion: remove it, or '
+            "set method: TextualInversion' : ' needs textualInversion.token and initializerToken')",
+            expression=True,
+        ),
+        Cel(
+            "!has(self.model.family) || self.model.family == 'Auto' || "
+            "(self.method == 'Unconditional') == (self.model.family == 'UNet2D')",
+            '"method " + self.method + " cannot train family " + self.model.family + ": Unconditional goes with '
+            'UNet2D, every other method with SD1, SD2, SDXL or SD3"',
+            expression=True,
+            field=".model.family",
+        ),
+        Cel(
+            "!has(self.output.formats) || !('Kohya' in self.output.formats) || self.method == 'LoRA' || "
+            "self.method == 'DreamBooth'",
+            '"output.formats has Kohya, which is a format for adapters, but method " + self.method + " trains none: '
+            'use SingleFile"',
+            expression=True,
+            field=".output.formats",
+        ),
+    ]
+    for name in _IMMUTABLE:
+        rules.append(Cel(f"self.{name} == oldSelf.{name}", f"{name} {_HOW_TO_CHANGE}", field=f".{name}"))
+    for name in _IMMUTABLE_OPTIONAL:
+        same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
+        rules.append(Cel(same, f"{name} {_HOW_TO_CHANGE}", field=f".{name}"))
+    return rules
+
+
+class TrainerSpec(ApiModel):
+    """The sections that the trainer reads, exactly as the user wrote them."""
+
+    method: Method
+    """What is trained. LoRA is the place to start."""
+    lora: LoRA | None = None
+    """Options of method LoRA, and of DreamBooth with an adapter."""
+    dream_booth: DreamBooth | None = None
+    """Options of method DreamBooth."""
+    fine_tune: FineTune | None = None
+    """Options of method FineTune."""
+    textual_inversion: TextualInversion | None = None
+    """Options of method TextualInversion."""
+    model: Model
+    """The base model."""
+    dataset: Dataset
+    """Images and captions."""
+    training: Training = Field(default_factory=Training)
+    """How it is trained."""
+    validation: Validation = Field(default_factory=Validation)
+    """Validation loss, early stopping and sample pictures."""
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    """Resumable state."""
+    tracking: Tracking = Field(default_factory=Tracking)
+    """Where curves go."""
+    output: Output
+    """Where results go."""
+    credentials: Credentials = Field(default_factory=Credentials)
+    """How the trainer gets at its storage."""
+
+    @model_validator(mode="after")
+    def _members_belong(self) -> TrainerSpec:
+        adapters = self.method in {"LoRA", "DreamBooth"}
+        if self.lora and not adapters:
+            raise ValueError(f"lora does not belong to method {self.method}: remove it, or set method: LoRA")
+        for method in ("DreamBooth", "FineTune", "TextualInversion"):
+            member = MEMBERS[method]
+            given = self.member(method) is not None
+            if given and self.method != method:
+                raise ValueError(
+                    f"{member} does not belong to method {self.method}: remove it, or set method: {method}"
+                )
+            if not given and self.method == method != "FineTune":
+                raise ValueError(f"method {method} needs the section {member}")
+        if self.model.family != "Auto" and (self.method == "Unconditional") != (self.model.family == "UNet2D"):
+            raise ValueError(
+                f"method {self.method} cannot train family {self.model.family}: Unconditional goes with UNet2D, "
+                "every other method with SD1, SD2, SDXL or SD3"
+            )
+        if "Kohya" in self.output.formats and not adapters:
+            raise ValueError(
+                f"output.formats has Kohya, which is a format for adapters, but method {self.method} trains none: "
+                "use SingleFile"
+            )
+        return self
+
+    def member(self, method: str) -> ApiModel | None:
+        """Return the section of a method, None where the user left it out."""
+        sections = {
+            "LoRA": self.lora,
+            "DreamBooth": self.dream_booth,
+            "FineTune": self.fine_tune,
+            "TextualInversion": self.textual_inversion,
+        }
+        return sections.get(method)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per optimizer step, over all processes."""
+        return self.training.batch_size or DEFAULTS[self.method].batch_size
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate."""
+        return self.training.learning_rate or DEFAULTS[self.method].learning_rate
+
+    def total_steps(self, batches_per_epoch: int) -> int:
+        """Return the number of optimizer steps of the whole run."""
+        if self.training.epochs is not None:
+            return self.training.epochs * batches_per_epoch
+        return self.training.max_steps or DEFAULTS[self.method].max_steps
+
+    def identity(self) -> str:
+        """Return the sha256 of what decides the weights: a checkpoint of another identity is never resumed from.
+
+        The micro-batch size is left out: it changes with the hardware and only the order of summation with it.
+        """
+        included = {"method", "lora", "dream_booth", "fine_tune", "textual_inversion", "model", "dataset", "training"}
+        content = self.model_dump(mode="json", by_alias=True, include=included)
+        content["training"].pop("microBatchSize")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class JobSpec(TrainerSpec):
+    """What a user writes."""
+
+    model_config = {"json_schema_extra": cel(*_spec_rules())}
+
+    suspend: bool = False
+    """Stop the pods after a checkpoint and start none, until it is false again."""
+    managed_by: Annotated[str, Field(max_length=253)] = names.MANAGER
+    """The controller in charge; another value than the default makes this operator leave the job alone."""
+    resources: Resources
+    """What it runs on."""
+    run_policy: RunPolicy = Field(default_factory=RunPolicy)
+    """Bounds of the whole run."""
+    pod_overrides: PodOverrides = Field(default_factory=PodOverrides)
+    """The parts of a pod that a user may set."""
+    notifications: Annotated[tuple[Notification, ...], Field(max_length=8)] = ()
+    """Whom to tell."""
+
+    def trainer_part(self) -> TrainerSpec:
+        """Return the sections that the trainer reads."""
+        return TrainerSpec.model_validate({name: getattr(self, name) for name in TrainerSpec.model_fields})
+
+
+Phase = Literal[
+    "Pending",
+    "Queued",
+    "Preflight",
+    "Scheduling",
+    "Preparing",
+    "Running",
+    "Interrupted",
+    "Suspended",
+    "Complete",
+    "Failed",
+]

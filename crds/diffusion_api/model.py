@@ -1,0 +1,35 @@
+"""`spec.model`: the base model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from diffusion_api.meta import ApiModel, Uri
+
+Family = Literal["SD1", "SD2", "SDXL", "SD3", "UNet2D"]
+
+
+class TextEncoder(ApiModel):
+    """Whether the text encoders learn too."""
+
+    train: bool = False
+    """Train the text encoders with the denoiser. Needs more memory and rarely helps."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-6
+    """Learning rate of the text encoders."""
+
+
+class Model(ApiModel):
+    """The base model, in diffusers layout or as one safetensors file."""
+
+    source: Uri
+    """Folder in diffusers layout (with model_index.json), or a single .safetensors file."""
+    revision: Annotated[str, Field(max_length=128)] | None = None
+    """Commit of an hf:// source. Pin it: a branch may move between two attempts."""
+    family: Literal["Auto", "SD1", "SD2", "SDXL", "SD3", "UNet2D"] = "Auto"
+    """Architecture; Auto reads it from the model's own configuration."""
+    vae: Uri | None = None
+    """Another VAE than the model's own."""
+    text_encoder: TextEncoder = Field(default_factory=TextEncoder)
+    """Training of the text encoders."""

@@ -1,0 +1,225 @@
+"""`status` of a DiffusionTrainingJob. Conditions are the truth; `phase` is a summary for people that no code reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from diffusion_api.job import Phase
+from diffusion_api.meta import ApiModel, Timestamp
+
+Text = Annotated[str, Field(max_length=1024)]
+
+CONDITIONS = (
+    "Validated",
+    "PreflightPassed",
+    "Admitted",
+    "PodsReady",
+    "Progressing",
+    "Suspended",
+    "Complete",
+    "Failed",
+)
+MAX_ATTEMPTS = 10
+MAX_LAST_LINES = 1024
+
+
+class Condition(ApiModel):
+    """One aspect of the job's state, as in every Kubernetes object."""
+
+    type: Annotated[str, Field(max_length=64)]
+    """Which aspect."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: Annotated[str, Field(max_length=64)]
+    """One CamelCase word."""
+    message: Text
+    """A sentence for people."""
+    observed_generation: int = 0
+    """Generation of the spec that this speaks of."""
+    last_transition_time: Timestamp
+    """When `status` last changed."""
+
+
+class Pending(ApiModel):
+    """Why it is not running."""
+
+    cause: Annotated[str, Field(max_length=64)]
+    """One CamelCase word."""
+    detail: Text
+    """What was seen."""
+    hint: Text
+    """What can be done."""
+    since: Timestamp
+    """Since when."""
+
+
+class Progress(ApiModel):
+    """How far it is, as last heard from the trainer."""
+
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    epoch: int = 0
+    """Passes over the dataset done."""
+    percentage: int = 0
+    """0 to 100."""
+    done: Annotated[str, Field(max_length=16)] = ""
+    """The percentage as shown by kubectl."""
+    estimated_remaining_seconds: int | None = None
+    """Estimate of the time left."""
+    remaining: Annotated[str, Field(max_length=16)] = ""
+    """The time left as shown by kubectl."""
+    samples_per_second: float | None = None
+    """Images per second."""
+    loss: float | None = None
+    """Training loss, averaged over the last report interval."""
+    validation_loss: float | None = None
+    """Loss on the held-out split at the last evaluation."""
+    learning_rate: float | None = None
+    """Learning rate of the last step."""
+    last_updated_time: Timestamp
+    """When the trainer said so."""
+
+
+class LatestCheckpoint(ApiModel):
+    """The newest acknowledged checkpoint."""
+
+    step: int
+    """Optimizer step."""
+    uri: Text
+    """Where it is."""
+    time: Timestamp
+    """When it was acknowledged."""
+
+
+class BestCheckpoint(ApiModel):
+    """The checkpoint with the lowest validation loss."""
+
+    step: int
+    """Optimizer step."""
+    metric: Annotated[str, Field(max_length=64)]
+    """What it is best by."""
+    value: float
+    """The metric's value."""
+
+
+class CheckpointStatus(ApiModel):
+    """What would survive if everything stopped now."""
+
+    latest: LatestCheckpoint | None = None
+    """The newest acknowledged checkpoint."""
+    best: BestCheckpoint | None = None
+    """The best one so far."""
+    at_risk_steps: int = 0
+    """Steps that a loss of the node would repeat."""
+
+
+class Attempt(ApiModel):
+    """One start of all pods."""
+
+    number: int
+    """From 1."""
+    started_at: Timestamp
+    """When its pods were created."""
+    ended_at: Timestamp | None = None
+    """When it ended."""
+    resumed_from_step: int | None = None
+    """Step of the checkpoint that it started from."""
+    reached_step: int | None = None
+    """Last step that it was heard of."""
+    nodes: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=64)] = ()
+    """Nodes of its pods."""
+    cause: Annotated[str, Field(max_length=64)] | None = None
+    """Why it ended; docs/reference/causes.md."""
+    exit_code: int | None = None
+    """Exit code of the trainer."""
+    message: Text = ""
+    """What happened and what to do."""
+    last_lines: Annotated[str, Field(max_length=MAX_LAST_LINES)] = ""
+    """End of the trainer's log."""
+
+
+class Counters(ApiModel):
+    """How often what happened."""
+
+    restarts: int = 0
+    """Attempts after the first."""
+    failures: int = 0
+    """Endings that count towards backoffLimit."""
+    preemptions: int = 0
+    """Endings by preemption: free, and never waited for."""
+    infrastructure: int = 0
+    """Endings by infrastructure: retried with backoff under a budget of their own."""
+    out_of_memory_retunes: int = 0
+    """Times the micro-batch was made smaller."""
+
+
+class Accounting(ApiModel):
+    """What it cost."""
+
+    gpu_seconds: float = 0
+    """GPU-seconds over all attempts."""
+    lost_gpu_seconds: float = 0
+    """GPU-seconds of work that had to be repeated."""
+    goodput: float | None = None
+    """Share of GPU time that went into steps that were kept."""
+    estimated_cost: Annotated[str, Field(max_length=32)] | None = None
+    """Cost from the profile's price."""
+
+
+class OutputFile(ApiModel):
+    """One exported file."""
+
+    name: Annotated[str, Field(max_length=253)]
+    """Path below the destination."""
+    sha256: Annotated[str, Field(max_length=64)]
+    """Hash of its content."""
+    bytes: int
+    """Size."""
+
+
+class OutputStatus(ApiModel):
+    """What was exported."""
+
+    uri: Text
+    """The destination."""
+    files: Annotated[tuple[OutputFile, ...], Field(max_length=16)] = ()
+    """Exported weights."""
+
+
+class JobStatus(ApiModel):
+    """What the operator says of a job. Under 8 KiB."""
+
+    observed_generation: int = 0
+    """Generation of the spec that this status speaks of."""
+    phase: Phase = "Pending"
+    """Summary for people."""
+    message: Text = ""
+    """One sentence: what is going on."""
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = ()
+    """The truth."""
+    pending: Pending | None = None
+    """Why it is not running."""
+    progress: Progress | None = None
+    """How far it is."""
+    checkpoint: CheckpointStatus | None = None
+    """What would survive."""
+    gpus: int = 0
+    """GPUs that the job asks for, over all nodes."""
+    attempt: int = 0
+    """Number of the current or last attempt; written before its pods are created."""
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=MAX_ATTEMPTS)] = ()
+    """Newest first."""
+    next_attempt_at: Timestamp | None = None
+    """When the next attempt may start, while a backoff runs."""
+    counters: Counters = Counters()
+    """How often what happened."""
+    accounting: Accounting | None = None
+    """What it cost."""
+    profile: Annotated[dict[str, object], Field(max_length=64)] | None = None
+    """The profile as it was at the first attempt."""
+    output: OutputStatus | None = None
+    """What was exported."""

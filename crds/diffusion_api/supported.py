@@ -1,0 +1,103 @@
+"""What this version honours. A field outside of it is refused with a message, never ignored.
+
+The API is complete in shape from its first version, so that later work fills in behaviour without changing it. Whoever
+makes the code honour a value removes or widens its row here, and nothing else has to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from diffusion_api.job import JobSpec
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The only values of one field that are honoured so far."""
+
+    path: str
+    allowed: tuple[object, ...]
+
+
+LIMITS = (
+    Limit("method", ("LoRA",)),
+    Limit("lora.dropout", (0,)),
+    Limit("lora.useDora", (False,)),
+    Limit("model.family", ("Auto", "SD1")),
+    Limit("model.vae", (None,)),
+    Limit("model.textEncoder.train", (False,)),
+    Limit("dataset.concepts", (None,)),
+    Limit("dataset.format", ("Auto", "ImageFolder", "Sidecar")),
+    Limit("dataset.augmentation.rotateDegrees", (0,)),
+    Limit("dataset.augmentation.colorJitter", (0,)),
+    Limit("dataset.captions.generate", ("Never",)),
+    Limit("dataset.captions.model", (None,)),
+    Limit("dataset.captions.shuffleTags", (False,)),
+    Limit("dataset.filters.minSharpness", (None,)),
+    Limit("dataset.filters.safety", ("Keep",)),
+    Limit("dataset.filters.minCaptionMatch", (None,)),
+    Limit("training.optimizer.name", ("AdamW",)),
+    Limit("training.mixedPrecision", ("Auto", "BF16", "FP32")),
+    Limit("training.attention", ("Auto", "SDPA")),
+    Limit("training.compile", ("Auto", "Never")),
+    Limit("training.ema.enabled", (False,)),
+    Limit("training.objective.predictionType", ("Auto", "Epsilon")),
+    Limit("training.objective.timestepSampling", ("Auto", "Uniform")),
+    Limit("training.objective.shift", (None,)),
+    Limit("validation.earlyStopping", (None,)),
+    Limit("output.hub", (None,)),
+    Limit("resources.nodes", (1,)),
+    Limit("resources.gpusPerNode", (1,)),
+    Limit("resources.alternatives", ([],)),
+    Limit("runPolicy.activeDeadlineSeconds", (None,)),
+    Limit("runPolicy.pendingDeadlineSeconds", (None,)),
+    Limit("runPolicy.ttlSecondsAfterFinished", (None,)),
+    Limit("runPolicy.maxGPUHours", (None,)),
+    Limit("notifications", ([],)),
+)
+
+SCHEMES = ("s3",)
+"""Locations that a cluster's trainer can read and write."""
+LOCAL_SCHEMES = ("s3", "file")
+"""Locations that a trainer on the user's own machine can read and write."""
+
+_URI_FIELDS = ("model.source", "dataset.source", "output.destination")
+
+
+def unsupported(spec: JobSpec, *, local: bool = False) -> Iterator[tuple[str, object, str]]:
+    """Yield (path, value, remedy) of everything that is asked for and not honoured yet.
+
+    `local` accepts file:// locations, which mean nothing in a pod.
+    """
+    content = spec.model_dump(mode="json", by_alias=True)
+    for limit in LIMITS:
+        value = _at(content, limit.path)
+        if value not in limit.allowed:
+            yield limit.path, value, _remedy(limit)
+    schemes = LOCAL_SCHEMES if local else SCHEMES
+    for path in _URI_FIELDS:
+        uri = _at(content, path)
+        if isinstance(uri, str) and uri.split("://", maxsplit=1)[0] not in schemes:
+            yield path, uri, "use " + " or ".join(f"{scheme}://" for scheme in schemes)
+
+
+def _remedy(limit: Limit) -> str:
+    if limit.allowed in ((None,), ([],)):
+        return "leave it out"
+    return "use " + " or ".join(_shown(value) for value in limit.allowed)
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _at(content: dict[str, Any], path: str) -> object:
+    """Return the value at a dotted path, None where a section on the way is left out."""
+    value: Any = content
+    for key in path.split("."):
+        if value is None:
+            return None
+        value = value[key]
+    return value
