@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from diffusion_api.meta import ApiModel, Cel, Uri, cel
 
@@ -92,14 +92,14 @@ class HeldOut(ApiModel):
 class Dataset(ApiModel):
     """Images and captions."""
 
-    model_config = {
-        "json_schema_extra": cel(
+    model_config = ConfigDict(
+        json_schema_extra=cel(
             Cel(
                 "has(self.source) != has(self.concepts)",
                 "set exactly one of dataset.source and dataset.concepts",
             )
         )
-    }
+    )
 
     source: Uri | None = None
     """Folder with the images. Exactly one of source and concepts."""
@@ -119,3 +119,9 @@ class Dataset(ApiModel):
     """Images that are left out."""
     validation: HeldOut = Field(default_factory=HeldOut)
     """The held-out split."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Dataset:
+        if (self.source is None) == (self.concepts is None):
+            raise ValueError("set exactly one of dataset.source and dataset.concepts")
+        return self

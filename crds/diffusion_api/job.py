@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from diffusion_api import names
 from diffusion_api.dataset import Dataset
@@ -66,8 +66,9 @@ def _spec_rules() -> list[Cel]:
             field=".output.formats",
         ),
     ]
-    for name in _IMMUTABLE:
-        rules.append(Cel(f"self.{name} == oldSelf.{name}", f"{name} {_HOW_TO_CHANGE}", field=f".{name}"))
+    rules.extend(
+        Cel(f"self.{name} == oldSelf.{name}", f"{name} {_HOW_TO_CHANGE}", field=f".{name}") for name in _IMMUTABLE
+    )
     for name in _IMMUTABLE_OPTIONAL:
         same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
         rules.append(Cel(same, f"{name} {_HOW_TO_CHANGE}", field=f".{name}"))
@@ -170,7 +171,7 @@ class TrainerSpec(ApiModel):
 class JobSpec(TrainerSpec):
     """What a user writes."""
 
-    model_config = {"json_schema_extra": cel(*_spec_rules())}
+    model_config = ConfigDict(json_schema_extra=cel(*_spec_rules()))
 
     suspend: bool = False
     """Stop the pods after a checkpoint and start none, until it is false again."""

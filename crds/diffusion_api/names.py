@@ -1,4 +1,4 @@
-"""Every name that more than one module needs: group, labels, annotations, environment, paths, object names. Each once."""
+"""Every name that more than one module needs, each once: group, labels, annotations, environment, paths, objects."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def checkpoint_prefix(job_uid: str) -> str:
 
 
 CACHE_PREFIX = "cache/"
-"""Prefix, below the output destination, of cached latents and text embeddings: content-addressed, shared by attempts."""
+"""Prefix, below the output destination, of cached latents and text embeddings: content-addressed."""
 EXPORT_DIFFUSERS = "diffusers/"
 EXPORT_KOHYA = "kohya/"
 SAMPLES_PREFIX = "samples/"

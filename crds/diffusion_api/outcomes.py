@@ -1,7 +1,7 @@
 """How an attempt can end, and what follows: one table of exit code <-> cause <-> action.
 
 The trainer turns errors into exit codes with it, the operator turns evidence into causes and causes into actions.
-Evidence outranks codes (reference: `operator/diffusion_operator/policies/evidence.py`); a code alone is the last resort.
+The cluster's evidence outranks codes (`diffusion_operator.policies`); a code alone is the last resort.
 """
 
 from __future__ import annotations
@@ -141,7 +141,11 @@ OUTCOMES: tuple[Outcome, ...] = (
     ),
     Outcome(Cause.PREEMPTED, Action.RESUME, ExitCode.YIELDED, "the pod was told to make room", ""),
     Outcome(
-        Cause.SUSPENDED, Action.RESUME, None, "the job was suspended by its user", "set spec.suspend: false to go on"
+        Cause.SUSPENDED,
+        Action.RESUME,
+        None,
+        "the job was suspended by its user",
+        "set spec.suspend: false to go on",
     ),
     Outcome(Cause.NODE_LOST, Action.RESUME, None, "the node stopped answering or is gone", ""),
     Outcome(
@@ -149,7 +153,7 @@ OUTCOMES: tuple[Outcome, ...] = (
         Action.RETUNE,
         ExitCode.CUDA_OUT_OF_MEMORY,
         "the micro-batch does not fit into the GPU's memory",
-        "if it happens at micro-batch 1: lower dataset.resolution, set gradientCheckpointing: Always, or use a larger GPU",
+        "at micro-batch 1: lower dataset.resolution, set gradientCheckpointing: Always, or use a larger GPU",
     ),
     Outcome(
         Cause.COLLECTIVE_TIMEOUT,

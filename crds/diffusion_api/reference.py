@@ -10,10 +10,10 @@ import yaml
 from diffusion_api import names, outcomes, schema
 from diffusion_api.job import JobSpec
 from diffusion_api.meta import ApiModel
-from diffusion_api.profile import ProfileSpec
 from diffusion_api.status import JobStatus
 from diffusion_api.supported import LIMITS, SCHEMES
 from diffusion_api.training import DEFAULTS
+from diffusion_api.training_profile import ProfileSpec
 
 _EXAMPLES: dict[str, object] = {
     "method": "LoRA",
@@ -87,8 +87,8 @@ def api() -> str:
             "",
             "### Defaults that depend on the method",
             "",
-            "From published recipes and controlled runs: the READMEs of diffusers' training scripts, kohya-ss/sd-scripts,",
-            "EveryDream2trainer and spacepxl's measurements (learning rate grows with the square root of the batch size).",
+            "From published recipes and controlled runs: the READMEs of diffusers' scripts, of kohya-ss/sd-scripts",
+            "and EveryDream2trainer, and spacepxl's measurements (the rate grows with the root of the batch size).",
             "",
             "| method | maxSteps | batchSize | learningRate |",
             "|---|---|---|---|",
@@ -153,7 +153,7 @@ def _type(field: dict[str, Any]) -> str:
 def causes() -> str:
     """Return the reference of causes, actions and exit codes."""
     rows = (
-        f"| `{o.cause}` | {o.exit_code if o.exit_code is not None else ''} | {o.explanation} | {o.action} | {o.remedy} |"
+        f"| `{o.cause}` | {'' if o.exit_code is None else o.exit_code} | {o.explanation} | {o.action} | {o.remedy} |"
         for o in outcomes.OUTCOMES
     )
     actions = (f"| `{action}` | {_ACTIONS[action]} |" for action in outcomes.Action)
@@ -161,8 +161,8 @@ def causes() -> str:
         [
             "# Causes and actions",
             "",
-            "Why an attempt ended (`status.attempts[].cause`), and what the operator does about it. The exit code is the",
-            "trainer's; where it is missing, pod and node conditions are the evidence.",
+            "Why an attempt ended (`status.attempts[].cause`), and what the operator does about it. The exit code is",
+            "the trainer's; where it is missing, pod and node conditions are the evidence.",
             "",
             "| cause | exit code | meaning | action | what you can do |",
             "|---|---|---|---|---|",
@@ -179,7 +179,7 @@ def causes() -> str:
 _ACTIONS = {
     outcomes.Action.SUCCEED: "the job is complete",
     outcomes.Action.RESUME: "a new attempt at once; nothing is counted as failure",
-    outcomes.Action.BACK_OFF: f"a new attempt after a backoff, at most {outcomes.INFRASTRUCTURE_BUDGET} without progress",
+    outcomes.Action.BACK_OFF: f"a new attempt after a backoff, at most {outcomes.INFRASTRUCTURE_BUDGET} running",
     outcomes.Action.RETRY: "a new attempt after a backoff, counted towards `runPolicy.backoffLimit`",
     outcomes.Action.RETUNE: "a new attempt at once with half the micro-batch and the same batch",
     outcomes.Action.FAIL: "the job fails: trying again cannot help",

@@ -1,4 +1,4 @@
-"""The wire: what the operator tells the trainer (RunConfig), and what the trainer answers (ProgressReport, LastWord)."""
+"""The wire: what the operator tells the trainer (RunConfig), and what it answers (ProgressReport, LastWord)."""
 
 from __future__ import annotations
 

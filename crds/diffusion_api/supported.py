@@ -63,6 +63,7 @@ SCHEMES = ("s3",)
 LOCAL_SCHEMES = ("s3", "file")
 """Locations that a trainer on the user's own machine can read and write."""
 
+_ABSENT = object()
 _URI_FIELDS = ("model.source", "dataset.source", "output.destination")
 
 
@@ -74,7 +75,7 @@ def unsupported(spec: JobSpec, *, local: bool = False) -> Iterator[tuple[str, ob
     content = spec.model_dump(mode="json", by_alias=True)
     for limit in LIMITS:
         value = _at(content, limit.path)
-        if value not in limit.allowed:
+        if value is not _ABSENT and value not in limit.allowed:
             yield limit.path, value, _remedy(limit)
     schemes = LOCAL_SCHEMES if local else SCHEMES
     for path in _URI_FIELDS:
@@ -94,10 +95,10 @@ def _shown(value: object) -> str:
 
 
 def _at(content: dict[str, Any], path: str) -> object:
-    """Return the value at a dotted path, None where a section on the way is left out."""
+    """Return the value at a dotted path, `_ABSENT` where a section on the way is left out."""
     value: Any = content
     for key in path.split("."):
         if value is None:
-            return None
+            return _ABSENT
         value = value[key]
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from diffusion_api.meta import ApiModel, Cel, cel
 from diffusion_api.method import Method
@@ -89,14 +89,14 @@ DEFAULTS: dict[Method, MethodDefaults] = {
 class Training(ApiModel):
     """How it is trained."""
 
-    model_config = {
-        "json_schema_extra": cel(
+    model_config = ConfigDict(
+        json_schema_extra=cel(
             Cel(
                 "!(has(self.maxSteps) && has(self.epochs))",
                 "set only one of training.maxSteps and training.epochs",
             )
         )
-    }
+    )
 
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Optimizer steps. At most one of maxSteps and epochs; without both, the method's usual number."""
@@ -128,3 +128,9 @@ class Training(ApiModel):
     """Everything random is a function of this number."""
     deterministic: bool = False
     """Bit-equal results on the same GPU model, driver and number of GPUs, at some cost in speed."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("set only one of training.maxSteps and training.epochs")
+        return self

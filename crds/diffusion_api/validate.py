@@ -8,7 +8,8 @@ without a cluster.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def parse(job: dict[str, Any], *, local: bool = False) -> JobSpec:
     try:
         spec = JobSpec.model_validate(job.get("spec") or {})
     except ValidationError as error:
-        raise InvalidJobError(problems + [_problem(item) for item in error.errors(include_url=False)]) from error
+        raise InvalidJobError(problems + _merged(map(_problem, error.errors(include_url=False)))) from error
     for path, value, remedy in unsupported(spec, local=local):
         problems.append(Problem(f"spec.{path}", value, f"not supported yet: {remedy}"))
     if problems:
@@ -72,8 +73,19 @@ def _metadata_problems(job: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("metadata.name", name, "use no dots: pods are called after the job, and a dot ends a host name")
 
 
+def _merged(problems: Iterable[Problem]) -> list[Problem]:
+    """Join what is said of one field: each member of a union complains for itself."""
+    merged: dict[str, Problem] = {}
+    for problem in problems:
+        first = merged.get(problem.path)
+        remedy = f"{first.remedy} or {problem.remedy.removeprefix('input should be ')}" if first else problem.remedy
+        merged[problem.path] = Problem(problem.path, problem.value, remedy)
+    return list(merged.values())
+
+
 def _problem(item: Any) -> Problem:
-    path = ".".join(["spec", *(str(part) for part in item["loc"] if part not in {"int", "literal['Auto']"})])
+    # pydantic puts the names of a union's members into the path: `microBatchSize.constrained-int`.
+    path = ".".join(["spec", *(str(part) for part in item["loc"] if not re.search(r"[-\[]|^int$", str(part)))])
     if item["type"] == "missing":
         return Problem(path, None, "is required")
     if item["type"] == "extra_forbidden":

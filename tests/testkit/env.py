@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def cache_root() -> Path:
     """Return the folder outside the clone in which everything slow is kept."""
     named = os.environ.get("DIFFUSION_OPERATOR_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-operator"
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else shared / "diffusion-operator"
 
 
 def requirements() -> list[str]:

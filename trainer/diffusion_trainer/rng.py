@@ -1,8 +1,8 @@
 """Stateless randomness: every random number is a function of (seed, purpose, indices), none of what was drawn before.
 
 So a resumed run needs no generator state, and neither the number of processes, nor that of loader workers, nor the
-micro-batch changes a single draw. Counter-based generator: Philox (Salmon et al. 2011), keyed with all 128 bits, because
-torch's CPU generator uses only 32 bits of its seed and would repeat itself after some 65,000 keys.
+micro-batch changes a single draw. Counter-based generator: Philox (Salmon et al. 2011), keyed with all 128 bits,
+because torch's CPU generator uses only 32 bits of its seed and would repeat itself after some 65,000 keys.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from diffusion_api.meta import ApiModel, Cel, Quantity, cel
 from diffusion_api.resources import EnvVar, LabelMap, ShortText, Toleration
@@ -71,14 +71,14 @@ class Limits(ApiModel):
 class ProfileSpec(ApiModel):
     """Hardware that a platform team offers."""
 
-    model_config = {
-        "json_schema_extra": cel(
+    model_config = ConfigDict(
+        json_schema_extra=cel(
             Cel(
                 "!has(self.device) || self.device != 'CUDA' || has(self.resourceName)",
                 "a CUDA profile needs resourceName, e.g. nvidia.com/gpu; for hardware without GPUs set device: CPU",
             )
         )
-    }
+    )
 
     display_name: Annotated[str, Field(max_length=128)] = ""
     """Name for people."""

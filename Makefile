@@ -1,0 +1,48 @@
+# Every target sets itself up: the Python environment and the tools are made in a cache outside of the clone.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help env generate verify fix test test-unit demo cluster-up cluster-down bench
+
+export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer:$(CURDIR)/tests
+# Numbers must not depend on how many threads a machine has, and two test processes must not fight for two cores.
+export OMP_NUM_THREADS ?= 1
+# `python` stands for the environment's interpreter; made on first use.
+python = $(eval python := $$(shell python3 tests/testkit/env.py))$(if $(python),$(python),$(error the Python environment could not be made; see above))
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+env: ## make the Python environment and print its interpreter
+	@echo $(python)
+
+generate: ## write every file that is derived from the contract
+	$(python) -m diffusion_api.generate
+
+verify: ## format, lint, types, import rules, generated files
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m mypy
+	$(dir $(python))lint-imports
+	$(python) -m diffusion_api.generate --check
+
+fix: ## mend what the formatter and the linter can
+	$(python) -m ruff format .
+	$(python) -m ruff check --fix .
+
+test: ## every tier but gpu
+	$(python) -m pytest -m "not gpu" tests/unit tests/contract tests/integration tests/e2e
+
+test-unit: ## the fast tier
+	$(python) -m pytest tests/unit
+
+demo: ## a job from kubectl apply to weights in a bucket, with its pod deleted in the middle
+	$(python) -m testkit.demo
+
+cluster-up: ## start the local cluster and keep it
+	$(python) -m testkit.cluster up
+
+cluster-down: ## end it
+	$(python) -m testkit.cluster down
+
+bench: ## measure; writes bench/results
+	$(python) -m bench.operator.latency

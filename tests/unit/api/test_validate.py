@@ -1,0 +1,98 @@
+"""Every message names field, value and remedy."""
+
+import copy
+
+import pytest
+
+from diffusion_api.validate import InvalidJobError, parse
+
+JOB = {
+    "metadata": {"name": "cats"},
+    "spec": {
+        "method": "LoRA",
+        "model": {"source": "s3://models/sd-v1-5/"},
+        "dataset": {"source": "s3://team-a/cats/"},
+        "output": {"destination": "s3://team-a/out/"},
+        "resources": {"profile": "a100-80gb"},
+    },
+}
+
+
+def job(path, value):
+    made = copy.deepcopy(JOB)
+    *sections, last = path.split(".")
+    node = made["spec"]
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[last] = value
+    return made
+
+
+def test_the_minimal_job_is_valid_and_gets_the_methods_defaults():
+    spec = parse(JOB)
+    assert (spec.batch_size, spec.learning_rate, spec.total_steps(7)) == (4, 1e-4, 2000)
+
+
+def test_epochs_count_batches():
+    assert parse(job("training.epochs", 3)).total_steps(7) == 21
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("lora.rnak", 8, "spec.lora.rnak: 8: unknown field, did you mean rank?"),
+        ("training.learningrate", 1, "spec.training.learningrate: 1: unknown field, did you mean learningRate?"),
+        ("lora.rank", 0, "spec.lora.rank: 0: input should be greater than or equal to 1"),
+        ("lora.rank", "x", "spec.lora.rank: x: input should be a valid integer"),
+        ("training", {"maxSteps": 3, "epochs": 4}, "set only one of training.maxSteps and training.epochs"),
+        ("dataset", {}, "set exactly one of dataset.source and dataset.concepts"),
+        ("dreamBooth", {"instancePrompt": "a"}, "dreamBooth does not belong to method LoRA"),
+        ("model.source", "ftp://x/yyyy", "spec.model.source: ftp://x/yyyy: not supported yet: use s3://"),
+        ("dataset.source", "file:///tmp/x", "spec.dataset.source: file:///tmp/x: not supported yet: use s3://"),
+        ("lora.useDora", True, "spec.lora.useDora: true: not supported yet: use false"),
+        ("resources.nodes", 2, "spec.resources.nodes: 2: not supported yet: use 1"),
+        ("output.hub", {"repository": "a/b"}, "not supported yet: leave it out"),
+        ("training.microBatchSize", 0, "spec.training.microBatchSize: 0: input should be greater than or equal to 1"),
+        (
+            "training.microBatchSize",
+            "many",
+            "unable to parse string as an integer or 'Auto'",
+        ),
+        ("checkpoint.keepLast", 1, "spec.checkpoint.keepLast: 1: input should be greater than or equal to 2"),
+        ("model.family", "UNet2D", "method LoRA cannot train family UNet2D"),
+    ],
+)
+def test_bad_values_are_named(path, value, message):
+    with pytest.raises(InvalidJobError) as caught:
+        parse(job(path, value))
+    assert message in str(caught.value)
+
+
+def test_a_method_that_is_not_honoured_yet_is_refused():
+    made = job("method", "FineTune")
+    with pytest.raises(InvalidJobError, match=r"spec\.method: FineTune: not supported yet: use LoRA"):
+        parse(made)
+
+
+def test_all_problems_are_told_at_once():
+    made = job("lora", {"rank": 0, "alpha": -1})
+    with pytest.raises(InvalidJobError) as caught:
+        parse(made)
+    assert [p.path for p in caught.value.problems] == ["spec.lora.rank", "spec.lora.alpha"]
+
+
+def test_names_that_cannot_be_host_names():
+    made = copy.deepcopy(JOB) | {"metadata": {"name": "a" * 51}}
+    with pytest.raises(InvalidJobError, match="at most 50 characters"):
+        parse(made)
+
+
+def test_local_mode_reads_folders():
+    assert parse(job("dataset.source", "file:///data/cats"), local=True)
+
+
+def test_identity_ignores_what_does_not_decide_the_weights():
+    base = parse(JOB).identity()
+    assert parse(job("checkpoint.interval", "5steps")).identity() == base
+    assert parse(job("training.microBatchSize", 2)).identity() == base
+    assert parse(job("training.seed", 7)).identity() != base
