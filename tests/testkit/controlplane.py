@@ -10,7 +10,7 @@ import http.client
 import shutil
 import ssl
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -177,7 +177,11 @@ class ControlPlane:
         self._kube = Kube(kubectl=programs["kubectl"], kubeconfig=kubeconfig)
         context = ssl.create_default_context(cafile=str(authority.root.certificate))
         context.load_cert_chain(admin.certificate, admin.key)
-        wait_ready("127.0.0.1", port=port, context=context, processes=self._processes)
+        wait_ready("127.0.0.1", port=port, context=context, check=self._check)
+
+    def _check(self) -> None:
+        for process in self._processes:
+            process.check()
 
     @property
     def _home(self) -> Path:
@@ -197,19 +201,15 @@ class ControlPlane:
 
 
 def wait_ready(
-    address: str, *, port: int, context: ssl.SSLContext, processes: Sequence[ServerProcess], timeout: float = 90
+    address: str, *, port: int, context: ssl.SSLContext, check: Callable[[], None], timeout: float = 90
 ) -> None:
-    """Wait until the API server is ready and has made the namespace `default`; fail when one of `processes` ends."""
+    """Wait until the API server is ready and has made the namespace `default`; `check` raises when it has ended."""
 
     def ready() -> bool:
-        for process in processes:
-            process.check()
+        check()
         return all(_answers(address, port, context, path) for path in ("/readyz", "/api/v1/namespaces/default"))
 
-    def logs() -> str:
-        return "\n".join(f"{process.log}:\n{process.tail()}" for process in processes)
-
-    wait_until(ready, describe=f"the API server at {address}:{port}", timeout=timeout, detail=logs)
+    wait_until(ready, describe=f"the API server at {address}:{port}", timeout=timeout)
 
 
 def _answers(address: str, port: int, context: ssl.SSLContext, path: str) -> bool:

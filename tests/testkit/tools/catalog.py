@@ -104,7 +104,7 @@ _CNI = "github.com/containernetworking/plugins"
 def _catalog() -> Mapping[str, Tool]:
     kubernetes = ("kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler", "kubectl", "kubelet")
     containerd = ("containerd", "containerd-shim-runc-v2", "ctr")
-    plugins = ("ipam/host-local", "main/bridge", "main/loopback", "meta/portmap")
+    plugins = ("ipam/host-local", "main/bridge", "main/loopback")
     tools = [Tool(name=name, module=_KUBERNETES, package=f"{_KUBERNETES.source}/cmd/{name}") for name in kubernetes]
     tools += [Tool(name=name, module=_CONTAINERD, package=f"{_CONTAINERD.source}/cmd/{name}") for name in containerd]
     tools += [
@@ -123,6 +123,6 @@ def _catalog() -> Mapping[str, Tool]:
 
 TOOLS: Mapping[str, Tool] = _catalog()
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kubectl")
-CNI_PLUGINS = ("bridge", "host-local", "loopback", "portmap")
+CNI_PLUGINS = ("bridge", "host-local", "loopback")
 NODE = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "runc", "pause", *CNI_PLUGINS)
 CLUSTER = (*CONTROL_PLANE, "kube-controller-manager", "kube-scheduler", "kube-proxy", "coredns", *NODE)
