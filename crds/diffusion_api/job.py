@@ -165,6 +165,7 @@ class TrainerSpec(ApiModel):
         included = {"method", "lora", "dream_booth", "fine_tune", "textual_inversion", "model", "dataset", "training"}
         content = self.model_dump(mode="json", by_alias=True, include=included)
         content["training"].pop("microBatchSize")
+        content["defaults"] = DEFAULTS[self.method].model_dump(mode="json")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -159,7 +159,7 @@ def job_crd() -> Schema:
 def profile_crd() -> Schema:
     """Return the CustomResourceDefinition of TrainingProfile."""
     columns = [
-        ("Name", "string", ".spec.displayName", 0),
+        ("Hardware", "string", ".spec.displayName", 0),
         ("Device", "string", ".spec.device", 0),
         ("Memory", "number", ".spec.memoryGiB", 0),
         ("Max-GPUs", "integer", ".spec.maxGpusPerNode", 0),
