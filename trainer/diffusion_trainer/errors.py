@@ -3,12 +3,63 @@
 Every message names what was attempted, on what, and what to do about it. Errors of third parties are wrapped where
 they enter (`raise ... from error`), so that no other module needs to know a library's exceptions. Every class takes
 one message and nothing else: errors cross process borders by pickle.
+
+`exit_code` is what the process ends with (`diffusion_api.outcomes`); None is a crash, which is tried again.
 """
+
+from typing import ClassVar
+
+from diffusion_api.outcomes import ExitCode
+
 
 
 # ruff: noqa: N818 - the names say what happened; "Error" at the end of each would say nothing more
 class TrainerError(Exception):
     """Base of everything the trainer raises on purpose."""
+
+    exit_code: ClassVar[ExitCode | None] = None
+
+
+# --- what the user gave, and what became of it ---------------------------------------------------------------------
+
+
+class BadConfig(TrainerError):
+    """The job asks for something that cannot be trained. Names field, value and remedy."""
+
+    exit_code = ExitCode.BAD_CONFIG
+
+
+class BadData(TrainerError):
+    """The dataset or the model cannot be used. Names the file and what to do about it."""
+
+    exit_code = ExitCode.BAD_DATA
+
+
+class InputMissing(TrainerError):
+    """A folder or file that the job names does not exist."""
+
+    exit_code = ExitCode.INPUT_MISSING
+
+
+class Diverged(TrainerError):
+    """The loss is no finite number any more. Names the step and the images of its batch."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+# --- the machine ---------------------------------------------------------------------------------------------------
+
+
+class GpuFault(TrainerError):
+    """The GPU is missing or broken. Training never goes on without it."""
+
+    exit_code = ExitCode.GPU_FAULT
+
+
+class GpuOutOfMemory(TrainerError):
+    """The micro-batch does not fit into the GPU's memory."""
+
+    exit_code = ExitCode.CUDA_OUT_OF_MEMORY
 
 
 # --- storage -------------------------------------------------------------------------------------------------------
@@ -20,6 +71,8 @@ class StorageError(TrainerError):
 
 class InvalidUri(StorageError):
     """The URI (or the name of the bucket) cannot denote a store."""
+
+    exit_code = ExitCode.BAD_CONFIG
 
 
 class UnsupportedScheme(InvalidUri):
@@ -33,25 +86,37 @@ class InvalidKey(StorageError):
 class NotFound(StorageError):
     """The object does not exist. Raised for 404 only: neither a refusal nor an outage is ever taken for absence."""
 
+    exit_code = ExitCode.INPUT_MISSING
+
 
 class BucketMissing(StorageError):
     """The bucket itself does not exist."""
+
+    exit_code = ExitCode.INPUT_MISSING
 
 
 class PermissionDenied(StorageError):
     """The store refused the credentials (401, 403, or none found)."""
 
+    exit_code = ExitCode.NO_PERMISSION
+
 
 class PreconditionFailed(StorageError):
     """A conditional write lost: the object exists already, or is no longer the one that was read (412)."""
+
+    exit_code = ExitCode.STORAGE_UNAVAILABLE
 
 
 class Conflict(StorageError):
     """The store kept answering that another write to the same key is under way (409), after retries."""
 
+    exit_code = ExitCode.STORAGE_UNAVAILABLE
+
 
 class StorageRejected(StorageError):
     """The store understood the request and refuses it for a reason of its own (other 4xx, 501)."""
+
+    exit_code = ExitCode.BAD_CONFIG
 
 
 class StorageUnavailable(StorageError):
@@ -59,6 +124,8 @@ class StorageUnavailable(StorageError):
 
     The outcome of a write that ended like this is unknown: it may have been applied.
     """
+
+    exit_code = ExitCode.STORAGE_UNAVAILABLE
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
@@ -71,17 +138,25 @@ class CheckpointError(TrainerError):
 class Fenced(CheckpointError):
     """A newer attempt of the same job owns the checkpoints: this process is a zombie and must stop."""
 
+    exit_code = ExitCode.FENCED
+
 
 class SpecChanged(CheckpointError):
     """The checkpoints at this place belong to a run with another spec."""
+
+    exit_code = ExitCode.BAD_CONFIG
 
 
 class CheckpointCorrupt(CheckpointError):
     """Checkpoints were published, but not one of them can be read back whole."""
 
+    exit_code = ExitCode.BAD_DATA
+
 
 class CheckpointUnsupported(CheckpointError):
     """The checkpoints, or the store they should go to, cannot be used by this version of the trainer."""
+
+    exit_code = ExitCode.BAD_CONFIG
 
 
 class UploaderDied(CheckpointError):
