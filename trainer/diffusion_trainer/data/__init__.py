@@ -1,0 +1,29 @@
+"""From a folder of pictures to the batches of any optimizer step.
+
+Belongs here: reading dataset layouts, decoding hostile images, the frozen dataset lock, aspect-ratio buckets, crops and
+flips, the plan (which images make up which step) and the loader that turns a step into tensors.
+Does not belong here: encoders and what they produce (`cache`), the loss (`objective`), storage SDKs (`objectstore`).
+
+Everything random is a function of (seed, purpose, indices): see `diffusion_trainer.rng`.
+"""
+
+from diffusion_trainer.data.freezing import freeze
+from diffusion_trainer.data.loader import Batch, CachedTensors, Share, open_loader
+from diffusion_trainer.data.lock import DatasetLock, LockedImage
+from diffusion_trainer.data.plan import Plan, Slot
+from diffusion_trainer.data.pictures import Pictures
+from diffusion_trainer.data.transforms import Variants
+
+__all__ = [
+    "Batch",
+    "CachedTensors",
+    "DatasetLock",
+    "LockedImage",
+    "Pictures",
+    "Plan",
+    "Share",
+    "Slot",
+    "Variants",
+    "freeze",
+    "open_loader",
+]

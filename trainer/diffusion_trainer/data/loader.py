@@ -1,0 +1,156 @@
+"""From a step of the plan to tensors. Every draw is keyed by (step, slot), so nothing about how they are made matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusion_api.training import Objective
+from torch.utils.data import DataLoader, Dataset
+
+from diffusion_trainer.data.plan import Plan, Slot
+from diffusion_trainer.rng import Purpose, stream
+
+TRAIN_TIMESTEPS = 1000
+"""Timesteps of the noise scheduler of every family that predicts noise; `models` refuses others."""
+
+
+class CachedTensors(Protocol):
+    """What the loader asks of a cache; see `diffusion_trainer.cache`. Must be picklable for loader workers."""
+
+    def latents(self, image: int, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and standard deviation of the scaled latents, fp32 [4, h, w] each."""
+        ...
+
+    def text(self, caption: str) -> torch.Tensor:
+        """Return the text embedding of a caption, fp32 [77, D]; "" is the null row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of each batch that one process works on, and in pieces of how many images."""
+
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def pieces(self, slots: tuple[Slot, ...]) -> list[tuple[Slot, ...]]:
+        """Return this rank's micro-batches: slots are dealt out in turns of one micro-batch per rank.
+
+        Raises ValueError when the batch cannot be dealt out evenly. The last piece is short when the micro-batch does
+        not divide the rank's part.
+        """
+        if len(slots) % self.world_size:
+            raise ValueError(
+                f"Share: a batch of {len(slots)} cannot be dealt out to {self.world_size} processes evenly; set "
+                "training.batchSize to a multiple of the number of GPUs"
+            )
+        mine = len(slots) // self.world_size
+        part = slots[self.rank * mine : (self.rank + 1) * mine]
+        return [part[i : i + self.micro_batch_size] for i in range(0, mine, self.micro_batch_size)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One micro-batch on its way to the denoiser. B images, latents of one shape.
+
+    latents, noise: fp32 [B, 4, h, w], latents drawn from the posterior and scaled; timesteps: int64 [B] in
+    [0, TRAIN_TIMESTEPS); text: fp32 [B, 77, D]; weights: fp32 [B], the weight of each image's loss.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    text: torch.Tensor
+    weights: torch.Tensor
+    slots: tuple[Slot, ...] = ()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """Return the batch on a device."""
+        return replace(
+            self,
+            latents=self.latents.to(device, non_blocking=non_blocking),
+            noise=self.noise.to(device, non_blocking=non_blocking),
+            timesteps=self.timesteps.to(device, non_blocking=non_blocking),
+            text=self.text.to(device, non_blocking=non_blocking),
+            weights=self.weights.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory; the DataLoader calls this by name."""
+        return replace(
+            self,
+            latents=self.latents.pin_memory(),
+            noise=self.noise.pin_memory(),
+            timesteps=self.timesteps.pin_memory(),
+            text=self.text.pin_memory(),
+            weights=self.weights.pin_memory(),
+        )
+
+
+def open_loader(
+    plan: Plan, cache: CachedTensors, *, steps: range, share: Share, objective: Objective, workers: int = 0
+) -> Iterator[list[Batch]]:
+    """Yield, for each optimizer step of `steps`, this rank's micro-batches.
+
+    The tensors of a step do not depend on where `steps` starts, nor on rank, world size, micro-batch or workers. With
+    workers they are made in other processes and, where there is a GPU, arrive in page-locked memory. Closing the
+    iterator ends the workers.
+    """
+    loader: DataLoader[list[Batch]] = DataLoader(
+        _Steps(plan, cache, share, objective),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=workers > 0 and torch.cuda.is_available(),
+        prefetch_factor=2 if workers else None,
+    )
+    yield from loader
+
+
+class _Steps(Dataset[list[Batch]]):
+    """The steps of a plan, as torch's loader wants them."""
+
+    def __init__(self, plan: Plan, cache: CachedTensors, share: Share, objective: Objective) -> None:
+        self._plan = plan
+        self._cache = cache
+        self._share = share
+        self._objective = objective
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return [self._batch(piece) for piece in self._share.pieces(self._plan.batch(step))]
+
+    def _batch(self, slots: tuple[Slot, ...]) -> Batch:
+        images = self._plan.lock.images
+        latents = [self._latents(slot) for slot in slots]
+        text = [self._cache.text("" if slot.drop_caption else images[slot.image].caption) for slot in slots]
+        return Batch(
+            latents=torch.stack(latents),
+            noise=torch.stack([self._noise(slot, like) for slot, like in zip(slots, latents, strict=True)]),
+            timesteps=torch.tensor([self._timestep(slot) for slot in slots], dtype=torch.int64),
+            text=torch.stack(text),
+            weights=torch.ones(len(slots)),
+            slots=slots,
+        )
+
+    def _latents(self, slot: Slot) -> torch.Tensor:
+        mean, std = self._cache.latents(slot.image, slot.variant)
+        return mean + std * _normal(mean, stream(self._plan.seed, Purpose.POSTERIOR, slot.step, slot.slot))
+
+    def _noise(self, slot: Slot, like: torch.Tensor) -> torch.Tensor:
+        noise = _normal(like, stream(self._plan.seed, Purpose.NOISE, slot.step, slot.slot))
+        if self._objective.noise_offset:
+            numbers = stream(self._plan.seed, Purpose.NOISE_OFFSET, slot.step, slot.slot)
+            noise += self._objective.noise_offset * _normal(like[:, :1, :1], numbers)
+        return noise
+
+    def _timestep(self, slot: Slot) -> int:
+        return int(stream(self._plan.seed, Purpose.TIMESTEP, slot.step, slot.slot).integers(TRAIN_TIMESTEPS))
+
+
+def _normal(like: torch.Tensor, numbers: np.random.Generator) -> torch.Tensor:
+    return torch.from_numpy(numbers.standard_normal(tuple(like.shape), dtype=np.float32))
