@@ -1,7 +1,7 @@
 # Every target sets itself up: the Python environment and the tools are made in a cache outside of the clone.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env generate verify fix test test-unit demo cluster-up cluster-down bench
+.PHONY: help env generate verify fix test test-unit demo cluster-up cluster-down guides bench
 
 export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer:$(CURDIR)/tests
 # Numbers must not depend on how many threads a machine has, and two test processes must not fight for two cores.
@@ -44,5 +44,8 @@ cluster-up: ## start the local cluster and keep it
 cluster-down: ## end it
 	$(python) -m testkit.cluster down
 
+guides: ## run the commands of the guides and renew what they show
+	$(python) -m testkit.transcript docs/guides/first-job.md
+
 bench: ## measure; writes bench/results
-	$(python) -m bench.operator.latency
+	$(python) -m bench.whole_process
