@@ -5,15 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from diffusion_trainer.errors import BadData, InputMissing
+from diffusion_trainer.models.inspection import INDEX, SD1, Component
 from diffusion_trainer.objectstore import ObjectStore
+from diffusion_trainer.objectstore.parallel import in_parallel
+
+_PARALLEL = 4
+_SMALL_SUFFIXES = (".json", ".txt")
 
 
 def fetch_model(source: ObjectStore, work: Path, *, report: Callable[[str], None]) -> Path:
     """Download the files that loading needs (JSON, tokenizer, safetensors) and return their folder below `work`.
 
+    Files that are there with the right size are kept: what was downloaded appears whole or not at all.
+
     Raises:
-        InputMissing: there is no model_index.json at the source, or no safetensors weights of a component.
-        BadData: the source contains Python files.
+        InputMissing: there is no model_index.json at the source.
+        BadData: the source contains code.
 
     """
-    raise NotImplementedError
+    found = {info.key: info.size for info in source.list()}
+    if INDEX not in found:
+        single = any(key.endswith((".safetensors", ".ckpt")) and "/" not in key for key in found)
+        raise InputMissing(
+            f"model.source {source.uri} has no {INDEX}; give a folder in diffusers layout"
+            + (", single-file checkpoints are not read yet" if single else "")
+        )
+    code = next((key for key in found if key.endswith((".py", ".pyc", ".so"))), None)
+    if code:
+        raise BadData(f"model.source {source.uri}{code} is code, and code of models is never run; remove it")
+    folder = work / "model"
+    wanted = [key for key in found if _wanted(key, SD1)]
+    report(f"downloading the model ({sum(found[key] for key in wanted) / 1e9:.1f} GB)")
+
+    def fetch(key: str) -> None:
+        path = folder / key
+        if not path.is_file() or path.stat().st_size != found[key]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source.get_to_file(key, path)
+
+    in_parallel(fetch, wanted, parallel=_PARALLEL)
+    return folder
+
+
+def _wanted(key: str, components: dict[str, Component]) -> bool:
+    """Return whether loading may read it: not .bin files, fp16 variants, safety checkers and pictures."""
+    if key == INDEX:
+        return True
+    name, _, file = key.partition("/")
+    component = components.get(name)
+    return component is not None and (file == component.weights or ("/" not in file and file.endswith(_SMALL_SUFFIXES)))

@@ -1,0 +1,190 @@
+"""Look at a model's files before any library opens them: the list of what is allowed is short, and everything else out.
+
+A model folder is input from strangers. Libraries turn strings of its JSON files into classes and modules to import, so
+those strings are compared with a list first, whatever safeguards the libraries have of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion_trainer.errors import BadData, InputMissing
+
+INDEX = "model_index.json"
+_MAX_JSON_BYTES = 64 * 1024 * 1024
+# Keys by which a configuration can name code, or libraries that load code or pickles.
+_FORBIDDEN_KEYS = frozenset({"auto_map", "custom_pipelines", "quantization_config", "trust_remote_code"})
+_PIPELINES = {
+    "StableDiffusionPipeline": "SD1",
+    "StableDiffusionXLPipeline": "SDXL",
+    "StableDiffusion3Pipeline": "SD3",
+    "DDPMPipeline": "UNet2D",
+    "DDIMPipeline": "UNet2D",
+}
+_SD2_TEXT_WIDTH = 1024
+_SCHEDULERS = frozenset(
+    {
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of a pipeline: the classes that it may name, its configuration and its weights ("" where it has none)."""
+
+    classes: frozenset[str]
+    config: str
+    weights: str = ""
+
+
+SD1 = {
+    "unet": Component(frozenset({"UNet2DConditionModel"}), "config.json", "diffusion_pytorch_model.safetensors"),
+    "vae": Component(frozenset({"AutoencoderKL"}), "config.json", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": Component(frozenset({"CLIPTextModel"}), "config.json", "model.safetensors"),
+    "tokenizer": Component(frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}), "tokenizer_config.json"),
+    "scheduler": Component(_SCHEDULERS, "scheduler_config.json"),
+}
+
+
+def family_of(folder: Path) -> str:
+    """Return the family of a model in diffusers layout, as its index and configurations say.
+
+    Raises:
+        InputMissing: there is no model_index.json.
+        BadData: it names a pipeline that no family belongs to, or cannot be read.
+
+    """
+    index = read_json(folder / INDEX)
+    found = index.get("_class_name")
+    if not isinstance(found, str) or found not in _PIPELINES:
+        raise BadData(
+            f"{folder.name}/{INDEX}: its _class_name is {found!r}, which is no family that can be trained; use a text-to-"
+            f"image model of one of {', '.join(sorted(_PIPELINES))}"
+        )
+    family = _PIPELINES[found]
+    if family == "SD1" and read_json(folder / "unet" / "config.json").get("cross_attention_dim") == _SD2_TEXT_WIDTH:
+        return "SD2"
+    return family
+
+
+def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, Path]:
+    """Return the weight files of a model after a look at all its files; keys are paths in the model's folder.
+
+    Raises:
+        InputMissing: a component, its configuration or its safetensors weights are missing.
+        BadData: there is code in the folder, or a configuration names a class that is not on the list.
+
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".py", ".pyc", ".so"}:
+            raise BadData(
+                f"model: {path.relative_to(folder)} is code, and code of models is never run; remove it from model.source"
+            )
+    index = read_json(folder / INDEX)
+    weights = {}
+    for name, component in components.items():
+        _check_entry(name, component, index)
+        config = folder / name / component.config
+        _check_config(name, component, read_json(config), str(config.relative_to(folder)))
+        if component.weights:
+            relative = f"{name}/{component.weights}"
+            weights[relative] = _weights(folder, relative)
+    for path in sorted(folder.rglob("*.json")):  # tokenizer.json, added_tokens.json, ... are read by libraries as well
+        if path.relative_to(folder).parts[0] in {INDEX, *components}:
+            _refuse_forbidden(read_any_json(path), str(path.relative_to(folder)))
+    return weights
+
+
+def _check_entry(name: str, component: Component, index: Mapping[str, Any]) -> None:
+    entry = index.get(name)
+    if not isinstance(entry, list) or len(entry) != 2 or entry == [None, None]:
+        raise InputMissing(f"model: {INDEX} has no component {name}; use a complete model in diffusers layout")
+    library, found = entry
+    if library not in {"diffusers", "transformers"} or found not in component.classes:
+        raise BadData(
+            f"model: {INDEX} gives {library}.{found} for {name}; allowed is {' or '.join(sorted(component.classes))}"
+        )
+
+
+def _check_config(name: str, component: Component, config: Mapping[str, Any], where: str) -> None:
+    named = [config.get("_class_name"), config.get("tokenizer_class"), *_architectures(config)]
+    for found in named:
+        if found is not None and found not in component.classes:
+            raise BadData(
+                f"model: {where} names the class {found!r} for {name}; allowed is "
+                f"{' or '.join(sorted(component.classes))}"
+            )
+
+
+def _architectures(config: Mapping[str, Any]) -> list[object]:
+    found = config.get("architectures") or []
+    return found if isinstance(found, list) else [found]
+
+
+def _refuse_forbidden(content: object, where: str) -> None:
+    for key in _keys(content):
+        if key in _FORBIDDEN_KEYS:
+            raise BadData(
+                f"model: {where} has the key {key!r}, by which a model can have code loaded; remove it, or use a model "
+                "without it"
+            )
+
+
+def _keys(content: object) -> Iterator[str]:
+    """Yield the keys of all objects in a JSON value, without recursion: depth is the stranger's choice."""
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _weights(folder: Path, relative: str) -> Path:
+    path = folder / relative
+    if path.is_file():
+        return path
+    others = sorted(p.name for p in path.parent.glob("*") if p.suffix in {".bin", ".ckpt", ".pt", ".safetensors"})
+    there = f" (there is {', '.join(others)})" if others else ""
+    raise InputMissing(
+        f"model: {relative} is missing{there}; only safetensors of that "
+        "name are loaded, because pickles run code: convert the model with `save_pretrained(..., safe_serialization=True)`"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object. Raises `InputMissing` and `BadData`."""
+    content = read_any_json(path)
+    if not isinstance(content, dict):
+        raise BadData(f"model: {path.parent.name}/{path.name} holds no JSON object; replace it by the original file")
+    return content
+
+
+def read_any_json(path: Path) -> object:
+    """Return a JSON value. Raises `InputMissing` and `BadData`."""
+    where = f"{path.parent.name}/{path.name}"
+    if not path.is_file():
+        raise InputMissing(f"model: {where} is missing; model.source must be a folder in diffusers layout, complete")
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise BadData(f"model: {where} is larger than {_MAX_JSON_BYTES // 1024**2} MiB; replace it by the original file")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"model: {where} is no valid JSON ({error}); replace it by the original file") from error
