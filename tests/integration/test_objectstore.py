@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 import pytest
+
 from diffusion_trainer.errors import (
     BucketMissing,
     InvalidKey,
@@ -61,7 +65,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], ObjectS
     if request.param == "file":
         return partial(open_store, (tmp_path / "store").as_uri())
     running: Server = request.getfixturevalue("server")
-    uri = join_uri("s3://conformance", request.node.name.replace("[", "-").strip("]"))
+    uri = join_uri("s3://conformance", hashlib.sha256(request.node.name.encode()).hexdigest()[:16])
     return partial(open_store, uri, credentials=running.credentials, settings=SMALL_PARTS)
 
 
@@ -118,7 +122,7 @@ def test_ranges_are_like_slices(store: ObjectStore) -> None:
         store.get_range("key", offset=-1, length=1)
 
 
-@pytest.mark.parametrize("key", ["ünï/çødé", "日本/語 .txt", "with space/a+b&c=d%20?#", "~!@$()*,;:'\"<>|"])  # noqa: RUF001
+@pytest.mark.parametrize("key", ["ünï/çødé", "日本/語 .txt", "with space/a+b&c=d%20?#", "~!@$()*,;:'\"<>|"])
 def test_keys_may_hold_any_printable_character(store: ObjectStore, key: str) -> None:
     store.put(key, b"data")
     assert store.get(key) == b"data"
@@ -127,7 +131,9 @@ def test_keys_may_hold_any_printable_character(store: ObjectStore, key: str) -> 
     assert list(store.list()) == []
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/./b", "a\nb", "a\x00b", ".objectstore-x", "k" * 256])
+@pytest.mark.parametrize(
+    "key", ["", "/a", "a/", "a//b", "../a", "a/./b", "a\nb", "a\x00b", ".objectstore-x", "k" * 256]
+)
 def test_keys_that_some_backend_cannot_hold_are_refused_by_all(store: ObjectStore, key: str) -> None:
     for action in (store.get, store.head, store.delete, lambda k: store.put(k, b"")):
         with pytest.raises(InvalidKey, match="use segments of printable characters"):
@@ -172,7 +178,7 @@ def test_lists_are_sorted_by_bytes_and_filtered_by_prefix(store: ObjectStore) ->
     assert [found.key for found in store.list("a/c")] == ["a/c/d"]
     assert [found.key for found in store.list("a")] == ["a-b/x", "a/b", "a/b0", "a/c/d", "a0"]
     assert list(store.list("none/")) == []
-    assert [found.size for found in store.list("b/")] == [4, 3]
+    assert [found.size for found in store.list("b/")] == [3, 4]
     listed = {found.key: found for found in store.list()}
     assert {key: store.head(key).etag for key in keys} == {key: listed[key].etag for key in keys}
 
@@ -314,6 +320,127 @@ def test_a_failed_multipart_upload_leaves_nothing(server: Server, tmp_path: Path
         region_name=server.keys.region,
     )
     assert client.list_multipart_uploads(Bucket="conformance").get("Uploads", []) == []
+
+
+# --- what only a server in trouble does -----------------------------------------------------------------------------
+
+BODY = b"0123456789"
+ETAG = f'"{hashlib.md5(BODY).hexdigest()}"'
+SEEN = {"ETag": ETAG, "Last-Modified": "Sun, 01 Nov 2026 00:00:00 GMT"}
+PART = {**SEEN, "Content-Range": "bytes 0-9/10"}
+PATIENT = TransferSettings(retries=1, connect_timeout_seconds=1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the scripted server says; it breaks the connection off when the body is shorter than it says."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes = b""
+    length: int | None = None
+
+
+@contextlib.contextmanager
+def scripted(*answers: Answer) -> Iterator[tuple[str, list[str]]]:
+    """Serve the answers in turn; yield the endpoint and the methods that were asked."""
+    asked: list[str] = []
+    left = iter(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            asked.append(self.command)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            answer = next(left)
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(answer.body) if answer.length is None else answer.length))
+            self.end_headers()
+            self.wfile.write(answer.body)
+            self.close_connection = answer.length is not None
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = answer  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def scripted_store(endpoint: str, server: Server, settings: TransferSettings = PATIENT) -> ObjectStore:
+    return open_store("s3://conformance/", credentials=server.credentials, endpoint_url=endpoint, settings=settings)
+
+
+CUT = Answer(206, PART, BODY[:4], length=10)
+
+
+@pytest.mark.parametrize("read", [lambda s, _: s.get("key"), lambda s, path: s.get_to_file("key", path)])
+def test_a_truncated_download_is_tried_again_and_then_reported(
+    server: Server, tmp_path: Path, read: Callable[[ObjectStore, Path], object]
+) -> None:
+    with scripted(CUT, Answer(206, PART, BODY)) as (endpoint, asked):
+        read(scripted_store(endpoint, server), tmp_path / "copy")
+        assert asked == ["GET", "GET"]
+    with scripted(CUT, CUT) as (endpoint, _), pytest.raises(StorageUnavailable, match="key"):
+        read(scripted_store(endpoint, server), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_download_shorter_than_the_object_is_reported(server: Server, tmp_path: Path) -> None:
+    lying = Answer(206, {**SEEN, "Content-Range": "bytes 0-9/10"}, BODY[:4])
+    with scripted(lying, lying) as (endpoint, _), pytest.raises(StorageUnavailable, match="8 of 10 bytes"):
+        scripted_store(endpoint, server, TransferSettings(part_bytes=20)).get_to_file("key", tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_object_replaced_while_it_is_read_is_reported(server: Server, tmp_path: Path) -> None:
+    answers = [Answer(206, PART, BODY[:5]), Answer(412, {})]
+    with scripted(*answers) as (endpoint, _), pytest.raises(StorageUnavailable, match="replaced while it was read"):
+        scripted_store(endpoint, server, TransferSettings(part_bytes=5)).get_to_file("key", tmp_path / "copy")
+
+
+def test_outages_are_tried_again(server: Server) -> None:
+    with scripted(Answer(503, {}), Answer(200, SEEN, BODY)) as (endpoint, asked):
+        assert scripted_store(endpoint, server).get("key") == BODY
+        assert asked == ["GET", "GET"]
+    with scripted(Answer(503, {}), Answer(500, {})) as (endpoint, _), pytest.raises(StorageUnavailable, match="500"):
+        scripted_store(endpoint, server).get("key")
+
+
+def test_conflicts_are_tried_again(server: Server) -> None:
+    with scripted(Answer(409, {}), Answer(200, SEEN)) as (endpoint, asked):
+        scripted_store(endpoint, server).put("key", BODY, if_absent=True)
+        assert asked == ["PUT", "PUT"]
+
+
+def test_a_write_whose_answer_was_lost_is_recognised_as_its_own(server: Server) -> None:
+    applied = [Answer(500, {}), Answer(412, {}), Answer(200, SEEN)]
+    with scripted(*applied) as (endpoint, asked):
+        assert scripted_store(endpoint, server).put("key", BODY, if_absent=True).etag == ETAG
+        assert asked == ["PUT", "PUT", "HEAD"]
+    by_another = [Answer(500, {}), Answer(412, {}), Answer(200, {**SEEN, "ETag": '"other"'})]
+    with scripted(*by_another) as (endpoint, _), pytest.raises(PreconditionFailed):
+        scripted_store(endpoint, server).put("key", BODY, if_absent=True)
+
+
+def test_a_server_that_ignores_conditions_is_found_out(server: Server) -> None:
+    answers = [Answer(200, {"ETag": f'"{i}"'}) for i in range(4)]
+    with scripted(*answers, Answer(204, {})) as (endpoint, asked):
+        found = scripted_store(endpoint, server).capabilities()
+    assert asked == ["PUT"] * 4 + ["DELETE"]
+    assert not found.create_if_absent
+    assert not found.replace_if_match
 
 
 def test_every_error_is_a_storage_error() -> None:

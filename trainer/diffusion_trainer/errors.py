@@ -12,7 +12,6 @@ from typing import ClassVar
 from diffusion_api.outcomes import ExitCode
 
 
-
 # ruff: noqa: N818 - the names say what happened; "Error" at the end of each would say nothing more
 class TrainerError(Exception):
     """Base of everything the trainer raises on purpose."""

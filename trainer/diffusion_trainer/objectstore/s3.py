@@ -199,7 +199,8 @@ class S3Store:
             for left in reversed(range(tries)):
                 answer = client.get_object(**at, **options)
                 try:
-                    with answer["Body"] as body:
+                    # closing(): StreamingBody's own context manager hands out the raw stream, which checks no length.
+                    with contextlib.closing(answer["Body"]) as body:
                         return body.read(), _info(key, answer)
                 except (BotoCoreError, OSError):
                     if not left:
