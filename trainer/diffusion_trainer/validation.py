@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
-from diffusion_trainer.data.loader import Batch, CachedTensors
+from diffusion_trainer.data.loader import TRAIN_TIMESTEPS, Batch, CachedTensors
 from diffusion_trainer.data.lock import DatasetLock
+from diffusion_trainer.rng import Purpose, stream
 
 BINS = 8
 """Timesteps per image, one in the middle of each eighth of the schedule."""
@@ -27,6 +30,19 @@ class ValidationResult:
     images: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One image (index into `lock.images`) at the timestep of one bin."""
+
+    image: int
+    bin: int
+
+
+def timestep(number: int) -> int:
+    """Return the timestep of a bin, 0 being the one with the least noise."""
+    return (2 * number + 1) * TRAIN_TIMESTEPS // (2 * BINS)
+
+
 def validate(
     lock: DatasetLock,
     cache: CachedTensors,
@@ -41,4 +57,43 @@ def validate(
     Noise and timesteps belong to the image (by content hash), not to its place in a batch. The latents are the
     posterior's mean, the caption is never dropped. The last batch is padded, so that all have one shape per bucket.
     """
-    raise NotImplementedError
+    order: list[_Case] = []
+    losses: list[torch.Tensor] = []
+    with torch.no_grad():
+        for cases in _batches(lock, batch_size):
+            padded = cases + [cases[-1]] * (batch_size - len(cases))
+            batch = _batch(padded, lock, cache, seed).to(device)
+            losses.append(loss_of_each(batch)[: len(cases)])
+            order += cases
+    if not order:
+        return None
+    # One transfer, after everything was launched. Summed in one order whatever the batches were.
+    found = dict(zip(order, torch.cat(losses).double().tolist(), strict=True))
+    images = sorted({case.image for case in order}, key=lambda image: (lock.images[image].id, image))
+    by_bin = tuple(sum(found[_Case(image, number)] for image in images) / len(images) for number in range(BINS))
+    return ValidationResult(loss=sum(by_bin) / BINS, by_bin=by_bin, images=len(images))
+
+
+def _batches(lock: DatasetLock, batch_size: int) -> Iterator[list[_Case]]:
+    """Yield what goes through the denoiser together, of one bucket each."""
+    ordered = sorted(lock.held_out, key=lambda i: (lock.images[i].bucket, lock.images[i].id, i))
+    for _, group in groupby(ordered, key=lambda i: lock.images[i].bucket):
+        cases = [_Case(image, number) for image in group for number in range(BINS)]
+        for start in range(0, len(cases), batch_size):
+            yield cases[start : start + batch_size]
+
+
+def _batch(cases: list[_Case], lock: DatasetLock, cache: CachedTensors, seed: int) -> Batch:
+    latents = [cache.latents(case.image, 0)[0] for case in cases]
+    return Batch(
+        latents=torch.stack(latents),
+        noise=torch.stack([_noise(case, lock, tuple(latents[0].shape), seed) for case in cases]),
+        timesteps=torch.tensor([timestep(case.bin) for case in cases], dtype=torch.int64),
+        text=torch.stack([cache.text(lock.images[case.image].caption) for case in cases]),
+        weights=torch.ones(len(cases)),
+    )
+
+
+def _noise(case: _Case, lock: DatasetLock, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    numbers = stream(seed, Purpose.VALIDATION, lock.images[case.image].id, case.bin)
+    return torch.from_numpy(numbers.standard_normal(shape, dtype=np.float32))

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import TypeVar
 
+import torch
+
+from diffusion_trainer.cache.keys import latents_key, shard_key, text_key
 from diffusion_trainer.cache.reading import Cache
-from diffusion_trainer.data.lock import DatasetLock
+from diffusion_trainer.cache.shards import Shard, Shelf
+from diffusion_trainer.data.decoding import Rejected, decode
+from diffusion_trainer.data.lock import DatasetLock, LockedImage
 from diffusion_trainer.data.pictures import Pictures
-from diffusion_trainer.data.transforms import Variants
+from diffusion_trainer.data.transforms import Variant, Variants, transform
+from diffusion_trainer.errors import BadData
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.objectstore import ObjectStore
+
+_ENTRIES_PER_SHARD = 128  # of 512 px: 8 MiB of latents, 15 MiB of text; seconds of a GPU's work
+_IMAGES_AT_A_TIME = 4
+_CAPTIONS_AT_A_TIME = 32
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The variant that one entry holds."""
+
+    image: LockedImage
+    variant: Variant
 
 
 def build(
@@ -23,7 +46,86 @@ def build(
 ) -> Cache:
     """Return the cache of a dataset: each shard from this machine, else from the bucket, else encoded and uploaded.
 
-    `store` is the output destination; shards lie below `names.CACHE_PREFIX`. Images are downloaded (by `pictures`)
-    only for shards that have to be encoded. Calling it again after an interruption repeats at most one shard.
+    `store` is the output destination; shards lie below `names.CACHE_PREFIX`, local copies beside the pictures. Images
+    are downloaded (by `pictures`) only for shards that have to be encoded. Calling it again after an interruption
+    repeats at most one shard.
+
+    Raises:
+        BadData: an image changed or vanished since the freeze, or the VAE makes no finite numbers of it.
+
     """
-    raise NotImplementedError
+    shelf = Shelf(store, pictures.folder.parent / "cache")
+    vae_hash, text_hash = family.vae_hash(), family.text_hash()
+    wanted: dict[str, _Wanted] = {}
+    latents: list[tuple[str, ...]] = []
+    for image in lock.images:
+        drawn = variants.of(image)
+        keys = tuple(latents_key(image, variant, vae_hash=vae_hash) for variant in drawn)
+        wanted.update(zip(keys, (_Wanted(image, variant) for variant in drawn), strict=True))
+        latents.append(keys)
+    captions = {text_key(caption, text_hash=text_hash): caption for caption in _captions(lock)}
+
+    def encode_latents(shard: Shard) -> dict[str, torch.Tensor]:
+        return dict(_latents({key: wanted[key] for key in shard.entries}, family, pictures))
+
+    def encode_text(shard: Shard) -> dict[str, torch.Tensor]:
+        return dict(_text({key: captions[key] for key in shard.entries}, family))
+
+    places = {}
+    for kind, entries, encode in (("latents", wanted, encode_latents), ("text", captions, encode_text)):
+        shards = _shards(kind, entries)
+        for number, shard in enumerate(shards, start=1):
+            made = shelf.obtain(shard, lambda shard=shard, encode=encode: encode(shard))
+            report(f"{'encoding' if made else 'fetching'} {kind} {number}/{len(shards)}")
+            places.update(dict.fromkeys(shard.entries, shelf.path(shard)))
+    return Cache(latents, {caption: key for key, caption in captions.items()}, places)
+
+
+def _captions(lock: DatasetLock) -> list[str]:
+    """Return what is encoded: each caption once, and the empty one, which caption dropout and guidance need."""
+    return sorted({"", *(image.caption for image in lock.images)})
+
+
+def _shards(kind: str, entries: Iterable[str]) -> list[Shard]:
+    """Deal entries out by their own hash, so that a changed image touches the shards of its entries and no other."""
+    keys = sorted(entries)
+    bits = max(0, (len(keys) - 1) // _ENTRIES_PER_SHARD).bit_length()
+    grouped = groupby(keys, key=lambda key: int(key[:8], 16) >> (32 - bits))
+    return [Shard(kind, shard_key(members), frozenset(members)) for members in (list(group) for _, group in grouped)]
+
+
+def _latents(wanted: Mapping[str, _Wanted], family: Family, pictures: Pictures) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield [2, 4, h, w] (mean, standard deviation) in bf16 of each entry; batches have one shape each."""
+    ordered = sorted(wanted, key=lambda key: (wanted[key].image.bucket, wanted[key].image.id, key))
+    for _, group in groupby(ordered, key=lambda key: wanted[key].image.bucket):
+        for keys in _some(group, _IMAGES_AT_A_TIME):
+            pixels = torch.stack([_pixels(wanted[key], pictures) for key in keys])
+            both = torch.stack(family.encode_images(pixels), dim=1)
+            for key, entry in zip(keys, both, strict=True):
+                if not torch.isfinite(entry).all():
+                    raise BadData(
+                        f"the VAE makes no finite numbers of {wanted[key].image.key}; remove that image, or use "
+                        "another model.source"
+                    )
+                yield key, entry.to(torch.bfloat16)
+
+
+def _pixels(wanted: _Wanted, pictures: Pictures) -> torch.Tensor:
+    image = wanted.image
+    try:
+        picture = decode(pictures.path(image))
+    except Rejected as rejected:  # it was decoded once already
+        raise BadData(f"{image.key} cannot be decoded any more: {rejected.reason}; start a new job") from rejected
+    return transform(picture, wanted.variant, image.bucket)[0]
+
+
+def _text(captions: Mapping[str, str], family: Family) -> Iterator[tuple[str, torch.Tensor]]:
+    for keys in _some(sorted(captions), _CAPTIONS_AT_A_TIME):
+        embeddings = family.encode_text([captions[key] for key in keys])
+        yield from zip(keys, embeddings.to(torch.bfloat16), strict=True)
+
+
+def _some(items: Iterable[T], count: int) -> Iterator[Sequence[T]]:
+    remaining = iter(items)
+    while some := list(islice(remaining, count)):
+        yield some

@@ -10,8 +10,8 @@ Everything random is a function of (seed, purpose, indices): see `diffusion_trai
 from diffusion_trainer.data.freezing import freeze
 from diffusion_trainer.data.loader import Batch, CachedTensors, Share, open_loader
 from diffusion_trainer.data.lock import DatasetLock, LockedImage
-from diffusion_trainer.data.plan import Plan, Slot
 from diffusion_trainer.data.pictures import Pictures
+from diffusion_trainer.data.plan import Plan, Slot
 from diffusion_trainer.data.transforms import Variants
 
 __all__ = [

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from diffusion_api.dataset import Dataset
-
 from diffusion_trainer.data.lock import Shape
 
 

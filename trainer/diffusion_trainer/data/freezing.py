@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 
 from diffusion_api.dataset import Dataset, Filters
-
 from diffusion_trainer.data.buckets import choose, nearest
 from diffusion_trainer.data.decoding import MAX_FILE_BYTES, Rejected, decode
 from diffusion_trainer.data.layouts import Candidate, read_layout
@@ -152,7 +151,7 @@ def _demand_few_bad(checked: Sequence[_Checked], filters: Filters, source: Objec
     named = _some([f"{one.candidate.key} ({one.reason})" for one in bad])
     raise BadData(
         f"dataset.source {source.uri}: {len(bad)} of {len(checked)} images cannot be read, more than "
-        f"filters.maxBadFraction ({filters.max_bad_fraction:g}) allows: {named}; mend or remove them, or raise the limit"
+        f"filters.maxBadFraction ({filters.max_bad_fraction:g}) allows: {named}; mend or remove them, or raise it"
     )
 
 

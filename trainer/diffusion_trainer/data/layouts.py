@@ -49,14 +49,12 @@ def read_layout(source: ObjectStore, layout: str) -> tuple[Candidate, ...]:
     images = [info for key, info in objects.items() if key.lower().endswith(IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES)]
     if not images:
         raise InputMissing(
-            f"dataset.source {source.uri} has no images ({', '.join(IMAGE_SUFFIXES)}) among its {len(objects)} objects; "
-            "check the URI, and that the upload is complete"
+            f"dataset.source {source.uri} has no images ({', '.join(IMAGE_SUFFIXES)}) among its {len(objects)} objects;"
+            " check the URI, and that the upload is complete"
         )
     tables = [info for key, info in objects.items() if posixpath.basename(key) == METADATA]
     if layout == "ImageFolder" and not tables:
-        raise InputMissing(
-            f"dataset.format is ImageFolder, but {source.uri} has no {METADATA}; add it, or use Sidecar"
-        )
+        raise InputMissing(f"dataset.format is ImageFolder, but {source.uri} has no {METADATA}; add it, or use Sidecar")
     if tables and layout != "Sidecar":
         captions: Mapping[str, str | _Fault] = _from_tables(source, tables, objects)
     else:

@@ -1,4 +1,4 @@
-"""From a step of the plan to tensors. Every draw is keyed by (step, slot), so nothing about how they are made matters."""
+"""From a step of the plan to tensors. Every draw is keyed by (step, slot), so it does not matter who makes them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusion_api.training import Objective
 from torch.utils.data import DataLoader, Dataset
 
+from diffusion_api.training import Objective
 from diffusion_trainer.data.plan import Plan, Slot
 from diffusion_trainer.rng import Purpose, stream
 

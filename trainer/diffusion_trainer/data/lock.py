@@ -75,8 +75,8 @@ class DatasetLock:
             content = json.loads(data)
             if content["version"] != _VERSION:
                 raise BadData(
-                    f"dataset lock: its version is {content['version']}, this trainer reads {_VERSION}; resume with the "
-                    "trainer image that began the run, or start over under a new job name"
+                    f"dataset lock: its version is {content['version']}, this trainer reads {_VERSION}; resume with "
+                    "the trainer image that began the run, or start over under a new job name"
                 )
             images = tuple(
                 LockedImage(**{**fields, "bucket": (int(fields["bucket"][0]), int(fields["bucket"][1]))})

@@ -56,7 +56,6 @@ class Pictures:
         arriving.replace(path)
         return found
 
-
     def place(self, content: str) -> Path:
         """Return where the file with this sha256 lies once it is downloaded."""
         return self.folder / content[:2] / content

@@ -103,9 +103,7 @@ class Plan:
     def _variant(self, epoch: int, image: int) -> int:
         if self._variants == 1:
             return 0
-        return int(
-            stream(self.seed, Purpose.AUGMENTATION, epoch, self.lock.images[image].id).integers(self._variants)
-        )
+        return int(stream(self.seed, Purpose.AUGMENTATION, epoch, self.lock.images[image].id).integers(self._variants))
 
     def _drops_caption(self, step: int, slot: int) -> bool:
         if self._caption_dropout == 0:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusion_api.dataset import Augmentation
 from PIL import Image
 
+from diffusion_api.dataset import Augmentation
 from diffusion_trainer.data.lock import LockedImage, Shape
 from diffusion_trainer.rng import Purpose, stream
 

@@ -2,20 +2,104 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusion_api.job import TrainerSpec
 
+from diffusion_api.job import TrainerSpec
+from diffusion_api.method import LoRA
+from diffusion_trainer import tensorfile
+from diffusion_trainer.export.adapter_names import DOWN, UP, kohya_unet, modules
 from diffusion_trainer.models.base import Family
 
+FILE = "lora.safetensors"
+_LEGACY_OFFSET, _LEGACY_LENGTH = 0x100000, 0x10000
 
-def export_kohya(
-    weights: Mapping[str, torch.Tensor], family: Family, spec: TrainerSpec, *, folder: Path
-) -> list[Path]:
+
+def export_kohya(weights: Mapping[str, torch.Tensor], family: Family, spec: TrainerSpec, *, folder: Path) -> list[Path]:
     """Write `lora.safetensors` into `folder` and return the files written.
 
-    `weights` as for `export_diffusers`. Three tensors for each module: lora_down, lora_up and alpha.
+    `weights` as for `export_diffusers`. Three tensors for each module: lora_down, lora_up and alpha, the configured
+    one; readers scale by alpha / rank.
     """
-    raise NotImplementedError
+    lora = spec.lora or LoRA()
+    tensors: dict[str, torch.Tensor] = {}
+    for module in modules(weights):
+        name = kohya_unet(module)
+        tensors[f"{name}.lora_down.weight"] = weights[module + DOWN].detach()
+        tensors[f"{name}.lora_up.weight"] = weights[module + UP].detach()
+        tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha))
+    training = _training_metadata(lora, family, spec)
+    metadata = training | _model_spec(family, spec) | _hashes(tensors, training)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    path.write_bytes(tensorfile.encode(tensors, metadata))
+    return [path]
+
+
+def _training_metadata(lora: LoRA, family: Family, spec: TrainerSpec) -> dict[str, str]:
+    """Return what kohya's trainer writes (sd-scripts, train_network.py) as far as it is a function of the spec.
+
+    Every value is a string; what is no string in Python is JSON, as there.
+    """
+    dataset, training = spec.dataset, spec.training
+    resolution = f"({dataset.resolution}, {dataset.resolution})"
+    base = next(digest for path, digest in family.file_hashes().items() if path.startswith("unet/"))
+    return {
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(lora.rank),
+        "ss_network_alpha": str(float(lora.alpha)),
+        "ss_network_dropout": str(lora.dropout),
+        "ss_network_args": "{}",
+        "ss_unet_lr": str(spec.learning_rate),
+        "ss_text_encoder_lr": "None",
+        "ss_learning_rate": str(spec.learning_rate),
+        "ss_lr_scheduler": training.lr_schedule.name.lower(),
+        "ss_lr_warmup_steps": str(training.lr_schedule.warmup_steps),
+        "ss_optimizer": training.optimizer.name,
+        "ss_max_grad_norm": str(training.optimizer.max_grad_norm),
+        "ss_total_batch_size": str(spec.batch_size),
+        "ss_seed": str(training.seed),
+        "ss_resolution": resolution,
+        "ss_enable_bucket": str(dataset.buckets.enabled),
+        "ss_bucket_info": json.dumps(None),
+        "ss_tag_frequency": "{}",
+        "ss_clip_skip": "None",
+        "ss_caption_dropout_rate": str(dataset.captions.dropout),
+        "ss_noise_offset": str(training.objective.noise_offset or None),
+        "ss_min_snr_gamma": str(training.objective.snr_gamma),
+        "ss_mixed_precision": training.mixed_precision.lower(),
+        "ss_new_sd_model_hash": base,
+    }
+
+
+def _model_spec(family: Family, spec: TrainerSpec) -> dict[str, str]:
+    """Return the SAI model specification 1.0.1, without its date: equal weights give equal files."""
+    prediction = {"Epsilon": "epsilon", "VPrediction": "v", "Sample": "sample"}
+    resolution = spec.dataset.resolution
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": "LoRA",
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": prediction[family.noise_schedule().prediction_type],
+    }
+
+
+def _hashes(tensors: Mapping[str, torch.Tensor], training: Mapping[str, str]) -> dict[str, str]:
+    """Return the hashes by which AUTOMATIC1111 knows the file: of the data without header, and of 64 KiB at 1 MiB.
+
+    The second is of the file as it would be with the training metadata alone (sd-scripts,
+    `precalculate_safetensors_hashes`).
+    """
+    content = tensorfile.encode(tensors, training)
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    whole = hashlib.sha256(data).hexdigest()
+    legacy = hashlib.sha256(content[_LEGACY_OFFSET : _LEGACY_OFFSET + _LEGACY_LENGTH]).hexdigest()[:8]
+    return {"sshs_model_hash": whole, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{whole}"}

@@ -73,8 +73,8 @@ def family_of(folder: Path) -> str:
     found = index.get("_class_name")
     if not isinstance(found, str) or found not in _PIPELINES:
         raise BadData(
-            f"{folder.name}/{INDEX}: its _class_name is {found!r}, which is no family that can be trained; use a text-to-"
-            f"image model of one of {', '.join(sorted(_PIPELINES))}"
+            f"{folder.name}/{INDEX}: its _class_name is {found!r}, which is no family that can be trained; use a "
+            f"text-to-image model of one of {', '.join(sorted(_PIPELINES))}"
         )
     family = _PIPELINES[found]
     if family == "SD1" and read_json(folder / "unet" / "config.json").get("cross_attention_dim") == _SD2_TEXT_WIDTH:
@@ -92,9 +92,7 @@ def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, 
     """
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".py", ".pyc", ".so"}:
-            raise BadData(
-                f"model: {path.relative_to(folder)} is code, and code of models is never run; remove it from model.source"
-            )
+            raise BadData(f"model: {path.relative_to(folder)} is code, and code of models is never run; remove it")
     index = read_json(folder / INDEX)
     weights = {}
     for name, component in components.items():
@@ -165,7 +163,8 @@ def _weights(folder: Path, relative: str) -> Path:
     there = f" (there is {', '.join(others)})" if others else ""
     raise InputMissing(
         f"model: {relative} is missing{there}; only safetensors of that "
-        "name are loaded, because pickles run code: convert the model with `save_pretrained(..., safe_serialization=True)`"
+        "name are loaded, because pickles run code: convert the model with "
+        "`save_pretrained(..., safe_serialization=True)`"
     )
 
 
@@ -183,7 +182,9 @@ def read_any_json(path: Path) -> object:
     if not path.is_file():
         raise InputMissing(f"model: {where} is missing; model.source must be a folder in diffusers layout, complete")
     if path.stat().st_size > _MAX_JSON_BYTES:
-        raise BadData(f"model: {where} is larger than {_MAX_JSON_BYTES // 1024**2} MiB; replace it by the original file")
+        raise BadData(
+            f"model: {where} is larger than {_MAX_JSON_BYTES // 1024**2} MiB; replace it by the original file"
+        )
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import torch
-from diffusion_api.method import LoRA
 from torch import nn
 
+from diffusion_api.method import LoRA
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.rng import Purpose, stream
 

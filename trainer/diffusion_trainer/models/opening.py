@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusion_api.job import TrainerSpec
 
+from diffusion_api.job import TrainerSpec
 from diffusion_trainer.errors import BadData
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.models.inspection import family_of
@@ -25,7 +25,7 @@ def open_model(folder: Path, spec: TrainerSpec, *, device: torch.device | str, d
     found = family_of(folder)
     if spec.model.family not in {"Auto", found}:
         raise BadData(
-            f"model.family is {spec.model.family}, but {spec.model.source} is {found}; use family: Auto, or another model"
+            f"model.family is {spec.model.family}, but {spec.model.source} is {found}; use Auto, or another model"
         )
     if found != "SD1":
         raise BadData(f"model.source {spec.model.source} is {found}, which cannot be trained yet; use a model of SD1")

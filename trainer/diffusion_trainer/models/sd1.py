@@ -43,8 +43,8 @@ def open_sd1(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Stabl
     config = read_json(folder / "unet" / "config.json")
     if config.get("in_channels", _LATENT_CHANNELS) != _LATENT_CHANNELS:
         raise BadData(
-            f"model: unet/config.json has in_channels {config['in_channels']}, as inpainting models have; a text-to-image "
-            f"model has {_LATENT_CHANNELS}: use that"
+            f"model: unet/config.json has in_channels {config['in_channels']}, as inpainting models have; a "
+            f"text-to-image model has {_LATENT_CHANNELS}: use that"
         )
     return StableDiffusion1(folder, weights, device=device, dtype=dtype)
 
@@ -171,8 +171,8 @@ def _schedule(folder: Path) -> NoiseSchedule:
     steps = config.get("num_train_timesteps", TIMESTEPS)
     if prediction not in _PREDICTIONS or steps != TIMESTEPS:
         raise BadData(
-            f"model: scheduler/scheduler_config.json has prediction_type {prediction!r} and num_train_timesteps {steps}; "
-            f"allowed are {', '.join(_PREDICTIONS)} and {TIMESTEPS}"
+            f"model: scheduler/scheduler_config.json has prediction_type {prediction!r} and num_train_timesteps {steps};"
+            f" allowed are {', '.join(_PREDICTIONS)} and {TIMESTEPS}"
         )
     try:
         scheduler = DDPMScheduler(**{key: config[key] for key in _FORWARD_PROCESS if config.get(key) is not None})
