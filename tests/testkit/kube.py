@@ -128,6 +128,17 @@ class Kube:
             "pods", pod, reached, namespace=namespace, timeout=timeout, describe=f"phase {'/'.join(phases)}"
         )
 
+    def wait_log(self, pod: str, text: str, *, namespace: str, timeout: float = 60) -> str:
+        """Wait until the pod's log holds `text`; return the log."""
+
+        def probe() -> str:
+            with contextlib.suppress(KubectlError):  # there is no log before the container starts
+                log = self.logs(pod, namespace=namespace)
+                return log if text in log else ""
+            return ""
+
+        return wait_until(probe, describe=f"{text!r} in the log of pod {pod}", timeout=timeout, interval=0.2)
+
     @contextlib.contextmanager
     def namespace(
         self, prefix: str = "test", *, security: str = "restricted", labels: Mapping[str, str] | None = None
@@ -146,7 +157,14 @@ class Kube:
             # Pods end at once instead of using up their grace, so that the next test finds their resources free.
             for pod in self.items("pods", namespace=name):
                 self.api.delete("pods", pod["metadata"]["name"], namespace=name, grace_seconds=1)
+                self.release(pod["metadata"]["name"], namespace=name)
             self.api.delete("namespaces", name)
+
+    def release(self, pod: str, *, namespace: str) -> None:
+        """Take off the finalizers by which a test kept a pod's object after its end; harmless where it is gone."""
+        if (self.find("pods", pod, namespace=namespace) or {}).get("metadata", {}).get("finalizers"):
+            with contextlib.suppress(ApiError):
+                self.api.patch("pods", pod, {"metadata": {"finalizers": None}}, namespace=namespace)
 
     def close(self) -> None:
         """End the helper process behind `api`."""

@@ -50,6 +50,11 @@ class ClusterHandle(Kube):
         return sorted(node["metadata"]["name"] for node in self.items("nodes"))
 
     @property
+    def specs(self) -> Mapping[str, NodeSpec]:
+        """The nodes as they were asked for, by name."""
+        raise self._unavailable("tell how its nodes were asked for")
+
+    @property
     def host_ip(self) -> str:
         """The address at which pods reach servers that the test starts on this machine."""
         raise self._unavailable("reach servers of this machine from pods")

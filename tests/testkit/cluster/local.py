@@ -98,7 +98,7 @@ class LocalCluster(ClusterHandle):
 
     @property
     def specs(self) -> Mapping[str, NodeSpec]:
-        """The nodes as they were asked for."""
+        """The nodes as they were asked for, by name."""
         return {name: node.spec for name, node in self._nodes.items()}
 
     def load_image(
@@ -183,6 +183,7 @@ class LocalCluster(ClusterHandle):
     def _end(self) -> None:
         if hasattr(self, "api"):
             self.close()
+        self._sandbox.destroy()  # ours, so that our own children are reaped
         _clean(self.folder)
         self._nodes.clear()
         self._control = None
@@ -195,6 +196,8 @@ class LocalCluster(ClusterHandle):
     def _prepare(self, specs: Sequence[NodeSpec]) -> list[Node]:
         if self._control is None:
             raise ClusterError("the cluster is not running: use it in a `with` block or call start()")
+        # Another process may have attached and added nodes.
+        self._record.nodes = (record.read(self.folder) or self._record).nodes
         made: list[Node] = []
         for spec in specs:
             if spec.name in self._nodes:

@@ -19,7 +19,7 @@ from testkit.waiting import wait_until
 # Written by programs of the cluster, and none of the machine's business.
 _PRIVATE = ("/run", "/var/log", "/var/lib", "/etc/cni")
 # The kubelet wants these values and would set them for the whole machine; it is shown that they are set.
-_KERNEL_SETTINGS = {
+KERNEL_SETTINGS = {
     "vm/overcommit_memory": "1",
     "vm/panic_on_oom": "0",
     "kernel/panic": "10",
@@ -27,7 +27,9 @@ _KERNEL_SETTINGS = {
     "kernel/keys/root_maxkeys": "1000000",
     "kernel/keys/root_maxbytes": "25000000",
 }
-_ENTER_GROUP = 'for g in $GROUPS_OF_CLUSTER; do echo $$ > "$g/cgroup.procs" || exit 97; done; exec "$@"'
+# The variable that every process of the cluster has in its environment.
+MARK = "DIFFUSION_OPERATOR_TESTKIT_GROUPS"
+_ENTER_GROUP = f'for g in ${MARK}; do echo $$ > "$g/cgroup.procs" || exit 97; done; exec "$@"'
 # `pause` at the end holds the namespaces open until it is killed.
 _HOLD = """
 set -e
@@ -55,12 +57,13 @@ class Sandbox:
         self.logs = folder / "logs"
         self.holder = holder
         self.hierarchies = cgroups.Hierarchies.of_machine()
+        self._children: list[subprocess.Popen[bytes]] = []
 
     def create(self, *, pause: Path) -> ProcessId:
         """Make groups and namespaces, held open by a process that is returned, and the link into them."""
         settings = self.folder / "settings"
         settings.mkdir(parents=True, exist_ok=True)
-        for name, value in _KERNEL_SETTINGS.items():
+        for name, value in KERNEL_SETTINGS.items():
             (settings / name.replace("/", "-")).write_text(f"{value}\n")
         (self.folder / "held").unlink(missing_ok=True)
         private = [path for path in _PRIVATE if not self.folder.is_relative_to(path)]
@@ -68,7 +71,7 @@ class Sandbox:
             "STATE": str(self.folder),
             "PAUSE": str(pause),
             "PRIVATE": " ".join(private),
-            "SETTINGS": " ".join(_KERNEL_SETTINGS),
+            "SETTINGS": " ".join(KERNEL_SETTINGS),
         }
         command = ["unshare", "--net", "--mount", "--", "/bin/sh", "-c", _HOLD]
         process = self._start("holder", command, group="", environment=environment)
@@ -98,6 +101,8 @@ class Sandbox:
     def kill(self, group: str = "") -> None:
         """End every process of a group, or of the whole cluster, at once."""
         self.hierarchies.kill(f"{cgroups.ROOT}/{group}")
+        # Those that this process started are its to reap.
+        self._children = [child for child in self._children if child.poll() is None]
 
     def destroy(self) -> None:
         """End all of it and remove what is outside. Harmless where nothing is left."""
@@ -123,15 +128,17 @@ class Sandbox:
         folders = " ".join(map(str, self.hierarchies.folders(path)))
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 # In its group before it is anything else, so that no moment exists in which it could be lost.
                 ["/bin/sh", "-c", _ENTER_GROUP, name, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(environment or {}), "GROUPS_OF_CLUSTER": folders},
+                env={**os.environ, **(environment or {}), MARK: folders},
             )
+        self._children.append(child)
+        return child
 
     def _link(self, pid: int) -> None:
         peer = ["peer", "name", "uplink", "netns", str(pid)]
