@@ -1,0 +1,116 @@
+"""The curves of a run: loss, learning rate and gradient norm of every step, and every evaluation.
+
+They are part of the checkpoint. So a resumed run continues them from exactly its step, with none missing or twice, and
+`metrics.jsonl` is only their text: object stores cannot append, and need not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One optimizer step: the loss of its batch, the learning rate of its update, the norm before clipping."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The loss on the held-out images after `step`, overall and by range of timesteps (low noise first)."""
+
+    step: int
+    loss: float
+    by_bin: tuple[float, ...] = ()
+
+
+@dataclass(slots=True)
+class Curves:
+    """What is known, in the order of the steps, and what still lies on the device.
+
+    `evaluated` is the step of the last evaluation, which has no loss where no images are held out.
+    """
+
+    points: list[Point] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluated: int = 0
+    _waiting: list[tuple[int, Tensor, float, Tensor]] = field(default_factory=list)
+
+    def note(self, step: int, *, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
+        """Take note of a step without waiting for the device: `loss` and `grad_norm` are scalars on it."""
+        self._waiting.append((step, loss, learning_rate, grad_norm))
+
+    def settle(self) -> list[Point]:
+        """Return the steps noted since the last call, now as numbers. A synchronisation with the device."""
+        if not self._waiting:
+            return []
+        values = torch.stack([torch.stack([loss, norm]).double() for _, loss, _, norm in self._waiting]).tolist()
+        fresh = [
+            Point(step, loss, learning_rate, norm)
+            for (step, _, learning_rate, _), (loss, norm) in zip(self._waiting, values, strict=True)
+        ]
+        self._waiting.clear()
+        self.points += fresh
+        return fresh
+
+    def since(self, step: int) -> Sequence[Point]:
+        """Return the settled points after `step`; every step has one, so they are counted from the end."""
+        return self.points[len(self.points) - (self.points[-1].step - step) :] if self.points else []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the settled points as one fp64 tensor [steps, columns]."""
+        rows = [(p.step, p.loss, p.learning_rate, p.grad_norm) for p in self.points]
+        return {"points": torch.tensor(rows, dtype=torch.float64).view(-1, len(COLUMNS))}
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the evaluations in JSON's types."""
+        return {
+            "evaluated": self.evaluated,
+            "evaluations": [[e.step, e.loss, list(e.by_bin)] for e in self.evaluations],
+        }
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], scalars: Any) -> Curves:
+        """Return what `tensors` and `scalars` gave."""
+        points = [Point(int(step), *rest) for step, *rest in tensors["points"].tolist()]
+        evaluations = [Evaluation(step, loss, tuple(by_bin)) for step, loss, by_bin in scalars["evaluations"]]
+        return cls(points, evaluations, scalars["evaluated"])
+
+    def to_jsonl(self) -> bytes:
+        """Return metrics.jsonl: one line per step, with the evaluation after it; what is not finite is null."""
+        after = {e.step: e for e in self.evaluations}
+        lines = []
+        for p in self.points:
+            line: dict[str, Any] = {
+                "step": p.step,
+                "loss": _finite(p.loss),
+                "learning_rate": p.learning_rate,
+                "grad_norm": _finite(p.grad_norm),
+            }
+            if evaluation := after.get(p.step):
+                line["validation_loss"] = _finite(evaluation.loss)
+                line["validation_loss_by_bin"] = [_finite(value) for value in evaluation.by_bin]
+            lines.append(json.dumps(line) + "\n")
+        return "".join(lines).encode()
+
+
+def first_diverged(points: Sequence[Point]) -> Point | None:
+    """Return the first step whose loss is no finite number."""
+    return next((p for p in points if not math.isfinite(p.loss)), None)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,117 @@
+"""Checkpoints as the loop sees them: when one is due, making one, and what to do when the pod must go."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffusion_api.status import LatestCheckpoint
+from diffusion_trainer.cadence import GRACE_SHARE, Cadence, fits_grace
+from diffusion_trainer.checkpoint import Publisher, Snapshot
+from diffusion_trainer.metrics import Metrics
+from diffusion_trainer.progress import Board, timestamp
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Voices:
+    """Where acknowledged checkpoints are announced; `root` is the URI of the job's checkpoints."""
+
+    board: Board
+    metrics: Metrics
+    root: str
+
+
+class Saver:
+    """Saves snapshots at optimizer-step boundaries; `make` returns that of a step, with its tensors still live."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        make: Callable[[int], Snapshot],
+        *,
+        cadence: Cadence,
+        start_step: int,
+        voices: Voices,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._publisher = publisher
+        self._make = make
+        self._cadence = cadence
+        self._voices = voices
+        self._monotonic = monotonic
+        self._saved_step = start_step
+        self._saved_at = monotonic()
+        self._announced: int | None = None
+
+    def due(self, step: int) -> bool:
+        """Return whether to save the state after `step`; a step is saved once."""
+        if step == self._saved_step:
+            return False
+        last = self._publisher.saved
+        return self._cadence.due(
+            step,
+            elapsed_seconds=self._monotonic() - self._saved_at,
+            stall_seconds=last.stall_seconds if last else None,
+            upload_seconds=last.upload_seconds if last else None,
+        )
+
+    def save(self, step: int, *, wait: bool = False) -> None:
+        """Stage the state after `step`; with `wait` return only when it is acknowledged.
+
+        While an earlier one is being uploaded, a number of steps that the user asked for waits for it; everything else
+        is put off to a later step.
+        """
+        if step != self._saved_step:
+            if wait or self._cadence.steps is not None:
+                self._publisher.save(self._make(step), wait=wait)
+            elif not self._publisher.try_save(self._make(step)):
+                self._voices.metrics.checkpoints.labels("skipped").inc()
+                return
+            self._saved_step, self._saved_at = step, self._monotonic()
+        elif wait:
+            self._publisher.flush(deadline_seconds=math.inf)
+        self.announce()
+
+    def announce(self) -> None:
+        """Raise what the uploader failed with, and tell of a checkpoint that was acknowledged. Costs microseconds."""
+        self._publisher.poll()
+        saved = self._publisher.saved
+        if saved is None or saved.entry.step == self._announced:
+            return
+        self._announced = saved.entry.step
+        metrics = self._voices.metrics
+        metrics.checkpoints.labels("acknowledged").inc()
+        metrics.checkpoint_duration.labels("save").observe(saved.stall_seconds)
+        metrics.checkpoint_duration.labels("upload").observe(saved.upload_seconds)
+        metrics.checkpoint_bytes.set(saved.size_bytes)
+        metrics.last_checkpoint.set(saved.entry.time)
+        uri = f"{self._voices.root}{saved.entry.key}/"
+        latest = LatestCheckpoint(step=saved.entry.step, uri=uri, time=timestamp(saved.entry.time))
+        self._voices.board.update(latest_checkpoint=latest)
+        LOG.info("checkpoint of step %d acknowledged (%.1f MB)", saved.entry.step, saved.size_bytes / 1e6)
+
+    def give_way(self, step: int, *, seconds_left: float) -> None:
+        """Use what is left of the grace period: finish the upload under way, then save `step` if that should fit."""
+        began = self._monotonic()
+        if not self._publisher.flush(deadline_seconds=GRACE_SHARE * seconds_left):
+            return
+        self.announce()
+        left = seconds_left - (self._monotonic() - began)
+        if step == self._saved_step:
+            return
+        snapshot, last = self._make(step), self._publisher.saved
+        upload_seconds = last.upload_seconds if last else None
+        if fits_grace(seconds_left=left, upload_seconds=upload_seconds, size_bytes=snapshot_bytes(snapshot)):
+            self._publisher.save(snapshot)
+            self._publisher.flush(deadline_seconds=left)
+            self.announce()
+
+
+def snapshot_bytes(snapshot: Snapshot) -> int:
+    """Return the size of a snapshot's tensors."""
+    return sum(t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values())

@@ -1,0 +1,206 @@
+"""PID 1 of the trainer's container: starts everything, hears SIGTERM, notices hangs, and has the last word.
+
+One process trains in this very process; more than one will be started through torch.distributed.launcher from
+`_train`, which is why nothing above it touches a device.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from pydantic import ValidationError
+
+from diffusion_api.outcomes import ExitCode
+from diffusion_api.run import RunConfig
+from diffusion_trainer.endings import Ending, ending_of, last_word
+from diffusion_trainer.errors import BadConfig
+from diffusion_trainer.metrics import Metrics
+from diffusion_trainer.progress import Board, ProgressServer
+from diffusion_trainer.settings import Settings, settle
+from diffusion_trainer.stopping import StopSignal, Yielded
+
+LOG = logging.getLogger("diffusion_trainer")
+LAST_GRACE_SHARE = 0.9
+"""Share of the grace period after which the process ends itself, so that its last word is still written."""
+WATCH_SECONDS = 1.0
+C_CODE_SECONDS = 60.0
+"""How much later than the watchdog thread the one without Python strikes: only when the thread cannot run."""
+_LOG_LINES = 20
+
+
+def supervise(settings: Settings) -> int:
+    """Do one attempt and return its exit code. The termination message is written whatever happens."""
+    lines = start_log()
+    board = Board(attempt=0)
+    try:
+        run = read_run(settings.run_file)
+    except BadConfig as error:
+        return finish(ending_of(error), board, settings=settings, lines=lines)
+    board.attempt = run.attempt
+    stop = StopSignal(grace_seconds=run.grace_period_seconds)
+
+    def leave(ending: Ending) -> None:
+        """End the process from another thread than the one that trains."""
+        os._exit(finish(ending, board, settings=settings, lines=lines))
+
+    def hear(number: int, _: FrameType | None) -> None:
+        LOG.info("%s: stopping within %d s", signal.Signals(number).name, run.grace_period_seconds)
+        stop.request()
+
+    # Before anything slow: a PID 1 without a handler does not even see the signal.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, hear)
+    ending = ending_of(None)
+    try:
+        with Watchdog(board, stop, stall_seconds=run.stall_seconds, leave=leave):
+            _attempt(run, settings, board=board, stop=stop)
+    except (Exception, Yielded) as error:
+        ending = ending_of(error)
+        if ending.lines:
+            LOG.exception("unexpected end")
+    return finish(ending, board, settings=settings, lines=lines)
+
+
+def _attempt(run: RunConfig, settings: Settings, *, board: Board, stop: StopSignal) -> None:
+    """Train with the door open to readers of the progress."""
+    LOG.info("attempt %d of %s/%s", run.attempt, run.job.namespace, run.job.name)
+    if run.world_size != 1:
+        raise BadConfig(
+            f"resources.nodes x gpusPerNode is {run.world_size}, but this version trains on one GPU; set both to 1"
+        )
+    with stop.cut_short():
+        settle(os.environ, work=settings.work, deterministic=run.spec.training.deterministic)
+    metrics = Metrics()
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(ProgressServer(settings.metrics_port, board=board, metrics=metrics.text))
+            LOG.info("progress and metrics on port %d", server.server_port)
+        except OSError as error:
+            board.warn(f"port {settings.metrics_port} is taken ({error.strerror}): progress and metrics are not served")
+        with stop.cut_short():
+            from diffusion_trainer.train import Desk, train  # heavy: after the handlers, and within their reach
+        train(run, Desk(settings, board, metrics, stop))
+
+
+def read_run(path: Path) -> RunConfig:
+    """Return what the operator says. Raises `BadConfig`."""
+    try:
+        return RunConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadConfig(f"read the run from {path}: {error.strerror}; the operator mounts it there") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadConfig(
+            f"the run in {path}: {where}: {first['msg']} ({error.error_count()} errors in all); trainer and operator "
+            "must be of one release"
+        ) from error
+
+
+def finish(ending: Ending, board: Board, *, settings: Settings, lines: deque[str]) -> int:
+    """Write the termination message and return the exit code."""
+    level = logging.INFO if ending.code in {ExitCode.DONE, ExitCode.YIELDED} else logging.ERROR
+    LOG.log(level, "exit %d: %s", ending.code, ending.message)
+    try:
+        settings.termination_log.write_text(last_word(ending, board, log_lines=tuple(lines)))
+    except OSError as error:
+        LOG.warning("write %s: %s", settings.termination_log, error.strerror)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(ending.code)
+
+
+class Watchdog:
+    """A thread that ends the process when it shows no sign of life, or outlives its grace period."""
+
+    def __init__(
+        self,
+        board: Board,
+        stop: StopSignal,
+        *,
+        stall_seconds: float,
+        leave: Callable[[Ending], None],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._board = board
+        self._stop = stop
+        self._stall_seconds = stall_seconds
+        self._leave = leave
+        self._monotonic = monotonic
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def verdict(self) -> Ending | None:
+        """Return how the process must end now, None while it may go on."""
+        if self._stop.requested:
+            if self._stop.seconds_left <= (1 - LAST_GRACE_SHARE) * self._stop.grace_seconds:
+                return Ending(ExitCode.YIELDED, "told to stop: the grace period is over; the next attempt goes on")
+            return None
+        silent = self._monotonic() - self._board.last_beat
+        if silent <= self._stall_seconds:
+            return None
+        state = self._board.state
+        return Ending(
+            ExitCode.HANG,
+            f"no progress for {silent:.0f} s ({state.stage}: {state.detail or 'between two steps'}); raise "
+            "runPolicy.stallSeconds if that may really take so long",
+        )
+
+    def _watch(self) -> None:
+        while not self._done.wait(WATCH_SECONDS):
+            # Code that never lets go of the interpreter stops this thread too; then the one in C ends the process.
+            faulthandler.dump_traceback_later(self._stall_seconds + C_CODE_SECONDS, exit=True)
+            if ending := self.verdict():
+                if ending.code == ExitCode.HANG:
+                    faulthandler.dump_traceback(all_threads=True)
+                self._leave(ending)
+                return
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+
+class _Tail(logging.Handler):
+    """Keeps the last lines of the log for the termination message."""
+
+    def __init__(self, lines: deque[str]) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.extend(self.format(record).splitlines())
+
+
+def start_log() -> deque[str]:
+    """Log to standard output, one plain line per event in UTC; return the deque that holds the last ones."""
+    lines: deque[str] = deque(maxlen=_LOG_LINES)
+    form = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    form.converter = time.gmtime
+    root = logging.getLogger()
+    for handler in (logging.StreamHandler(sys.stdout), _Tail(lines)):
+        handler.setFormatter(form)
+        root.addHandler(handler)
+    root.setLevel(logging.WARNING)  # of libraries only what matters
+    LOG.setLevel(logging.INFO)
+    logging.captureWarnings(capture=True)
+    return lines
