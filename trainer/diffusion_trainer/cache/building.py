@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import TypeVar
 
@@ -75,7 +76,7 @@ def build(
     for kind, entries, encode in (("latents", wanted, encode_latents), ("text", captions, encode_text)):
         shards = _shards(kind, entries)
         for number, shard in enumerate(shards, start=1):
-            made = shelf.obtain(shard, lambda shard=shard, encode=encode: encode(shard))
+            made = shelf.obtain(shard, partial(encode, shard))
             report(f"{'encoding' if made else 'fetching'} {kind} {number}/{len(shards)}")
             places.update(dict.fromkeys(shard.entries, shelf.path(shard)))
     return Cache(latents, {caption: key for key, caption in captions.items()}, places)

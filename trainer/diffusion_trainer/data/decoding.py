@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64_000_000
@@ -55,13 +55,14 @@ def decode(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             _check(image)
             image.load()
-            return _in_srgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
     except _BOMB as error:
         raise Rejected(_too_many_pixels(), str(error)) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise Rejected("no JPEG, PNG or WebP image", str(error)) from error
     except _DAMAGE as error:
         raise Rejected("damaged or truncated image", str(error)) from error
+    return _in_srgb(upright)
 
 
 def _check(image: Image.Image) -> None:

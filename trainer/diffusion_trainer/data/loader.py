@@ -39,10 +39,10 @@ class Share:
     world_size: int = 1
 
     def pieces(self, slots: tuple[Slot, ...]) -> list[tuple[Slot, ...]]:
-        """Return this rank's micro-batches: slots are dealt out in turns of one micro-batch per rank.
+        """Return this rank's micro-batches: one part of the batch for each rank, in order, cut into pieces.
 
-        Raises ValueError when the batch cannot be dealt out evenly. The last piece is short when the micro-batch does
-        not divide the rank's part.
+        The last piece is short when the micro-batch does not divide the part. Raises ValueError when the batch cannot
+        be dealt out evenly.
         """
         if len(slots) % self.world_size:
             raise ValueError(
@@ -108,6 +108,7 @@ def open_loader(
         num_workers=workers,
         pin_memory=workers > 0 and torch.cuda.is_available(),
         prefetch_factor=2 if workers else None,
+        generator=torch.Generator(),  # else every iterator takes a number from the global one
     )
     yield from loader
 

@@ -171,8 +171,8 @@ def _schedule(folder: Path) -> NoiseSchedule:
     steps = config.get("num_train_timesteps", TIMESTEPS)
     if prediction not in _PREDICTIONS or steps != TIMESTEPS:
         raise BadData(
-            f"model: scheduler/scheduler_config.json has prediction_type {prediction!r} and num_train_timesteps {steps};"
-            f" allowed are {', '.join(_PREDICTIONS)} and {TIMESTEPS}"
+            f"model: scheduler/scheduler_config.json has prediction_type {prediction!r} and num_train_timesteps "
+            f"{steps}; allowed are {', '.join(_PREDICTIONS)} and {TIMESTEPS}"
         )
     try:
         scheduler = DDPMScheduler(**{key: config[key] for key in _FORWARD_PROCESS if config.get(key) is not None})
