@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from testkit.cluster import LocalCluster, NodeSpec, cgroups, leaks, record, take_down
 from testkit.cluster.record import ProcessId
 from testkit.cluster.sandbox import MARK
@@ -93,16 +94,20 @@ def test_up_status_and_down_by_hand():
 @contextlib.contextmanager
 def planted_process() -> Iterator[None]:
     with subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: "x"}) as process:
-        yield
-        process.kill()
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 @contextlib.contextmanager
 def planted_group() -> Iterator[None]:
     groups = cgroups.Hierarchies.of_machine()
     groups.create(cgroups.ROOT)
-    yield
-    groups.remove(cgroups.ROOT)
+    try:
+        yield
+    finally:
+        groups.remove(cgroups.ROOT)
 
 
 @contextlib.contextmanager
@@ -110,30 +115,38 @@ def planted_mount() -> Iterator[None]:
     folder = record.state_folder() / "planted"
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
-    yield
-    subprocess.run(["umount", folder], check=True)
-    folder.rmdir()
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        folder.rmdir()
 
 
 @contextlib.contextmanager
 def planted_link() -> Iterator[None]:
     subprocess.run(["ip", "link", "add", "name", HOST_LINK, "type", "bridge"], check=True)
-    yield
-    subprocess.run(["ip", "link", "delete", HOST_LINK], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["ip", "link", "delete", HOST_LINK], check=True)
 
 
 @contextlib.contextmanager
 def planted_rule() -> Iterator[None]:
     subprocess.run(["iptables", "-N", "KUBE-PLANTED"], check=True)
-    yield
-    subprocess.run(["iptables", "-X", "KUBE-PLANTED"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["iptables", "-X", "KUBE-PLANTED"], check=True)
 
 
 @contextlib.contextmanager
 def planted_record() -> Iterator[None]:
     record.write(no_record(), record.state_folder())
-    yield
-    record.forget(record.state_folder())
+    try:
+        yield
+    finally:
+        record.forget(record.state_folder())
 
 
 @pytest.mark.parametrize(
@@ -150,8 +163,8 @@ def planted_record() -> Iterator[None]:
 def test_what_is_left_behind_is_found(plant, kind):
     before = leaks.snapshot()
     with plant():
-        found = leaks.left_behind(before, timeout=0)
-        assert found
+        # A process shows its environment a moment after it was started.
+        found = wait_until(lambda: leaks.left_behind(before, timeout=0), describe="the remains to be found")
         assert all(line.startswith(kind) for line in found)
     assert leaks.left_behind(before) == []
 

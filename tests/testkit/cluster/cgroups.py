@@ -71,7 +71,7 @@ class Hierarchies:
         """End every process of the group and below, at once, and wait until they are gone."""
 
         def gone() -> bool:
-            alive = {pid for pid in self.processes(group) if not _zombie(pid)}
+            alive = {pid for pid in self.processes(group) if not _ended(pid)}
             for pid in alive:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -108,9 +108,11 @@ def _delegate(folder: Path) -> None:
             (folder / "cgroup.subtree_control").write_text(f"+{controller}")
 
 
-def _zombie(pid: int) -> bool:
-    """Whether the process has ended and only waits for its parent to notice."""
+def _ended(pid: int) -> bool:
+    """Whether the process has ended, and at most waits for its parent to notice."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        # The first thread may have ended while others still hold on to files and mounts.
+        return state in {"Z", "X"} and len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1
     except (FileNotFoundError, ProcessLookupError):
         return True

@@ -34,7 +34,7 @@ def lacking() -> list[str]:
         return [f"it needs Linux, and this is {sys.platform}: use a Linux machine or virtual machine"]
     if os.geteuid() != 0:
         return ["it needs root for namespaces, mounts and control groups: run with sudo"]
-    problems = _groups(Hierarchies.of_machine())
+    problems = group_problems(Hierarchies.of_machine())
     try:
         distribution.require(PACKAGES, purpose="the local cluster")
     except distribution.MissingPackagesError as error:
@@ -75,7 +75,7 @@ def overlaps(routes: Sequence[str]) -> list[str]:
     return problems
 
 
-def _groups(found: Hierarchies) -> list[str]:
+def group_problems(found: Hierarchies) -> list[str]:
     if not found.mounts:
         return ["it needs control groups, and none are mounted at /sys/fs/cgroup: mount cgroup2 there"]
     closed = [str(mount) for mount in found.mounts if not os.access(mount, os.W_OK)]

@@ -102,7 +102,10 @@ class Sandbox:
         """End every process of a group, or of the whole cluster, at once."""
         self.hierarchies.kill(f"{cgroups.ROOT}/{group}")
         # Those that this process started are its to reap.
-        self._children = [child for child in self._children if child.poll() is None]
+        for child in list(self._children):
+            if ProcessId.of(child.pid) is None:
+                child.wait()
+                self._children.remove(child)
 
     def destroy(self) -> None:
         """End all of it and remove what is outside. Harmless where nothing is left."""
