@@ -17,7 +17,8 @@ The protocol, in the order of its steps:
 
 from diffusion_trainer.checkpoint.head import Best, Entry, Head, Lease
 from diffusion_trainer.checkpoint.ledger import Ledger, Retention
-from diffusion_trainer.checkpoint.publisher import Publisher, Saved, Target
+from diffusion_trainer.checkpoint.messages import Target
+from diffusion_trainer.checkpoint.publisher import Publisher, Saved
 from diffusion_trainer.checkpoint.snapshot import Snapshot
 
 __all__ = ["Best", "Entry", "Head", "Lease", "Ledger", "Publisher", "Retention", "Saved", "Snapshot", "Target"]

@@ -80,11 +80,15 @@ class Head:
         return replace(self, fence=attempt, start=self.start + 1 if attempt == self.fence else 0)
 
     def committed(self, entry: Entry, *, keep_last: int, best: Best | None) -> Head:
-        """Return the head after a commit: the last `keep_last` good entries, damaged ones among them, and the best."""
+        """Return the head after a commit: the last `keep_last` good entries, damaged ones among them, and the best.
+
+        Idempotent: an entry that is listed already is not listed twice.
+        """
         pinned = best or self.best
+        known_already = any(known.key == entry.key for known in self.history)
         kept: list[Entry] = []
         good = 0
-        for known in reversed((*self.history, entry)):
+        for known in reversed(self.history if known_already else (*self.history, entry)):
             if good < keep_last or (pinned is not None and known.key == pinned.key):
                 kept.append(known)
             good += not known.bad

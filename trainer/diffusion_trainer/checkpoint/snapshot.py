@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+STATE_NAME = "state.json"
 GROUP = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
@@ -36,3 +38,32 @@ class Snapshot:
                 raise ValueError(
                     f"Snapshot.tensors: group {group!r} cannot name a file; use a-z, 0-9, - and _ (not 'state')"
                 )
+
+
+def file_of(group: str) -> str:
+    """Return the name of the file of a group."""
+    return f"{group}.safetensors"
+
+
+def encode_scalars(scalars: Mapping[str, JSON]) -> bytes:
+    """Return the scalars as JSON. Raises TypeError for what would come back as something else (tuples, integer keys).
+
+    NaN and infinities are written as Python does: a checkpoint is read by the trainer only.
+    """
+    _check(scalars, "scalars")
+    return json.dumps(dict(scalars), sort_keys=True).encode()
+
+
+def _check(value: object, where: str) -> None:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise TypeError(f"snapshot: {where} has the key {name!r}; JSON keys are strings")
+            _check(item, f"{where}[{name!r}]")
+    elif type(value) is list:
+        for index, item in enumerate(value):
+            _check(item, f"{where}[{index}]")
+    elif value is not None and type(value) not in {bool, int, float, str}:
+        raise TypeError(
+            f"snapshot: {where} is {type(value).__name__}, which JSON does not keep; convert it to a plain type"
+        )
