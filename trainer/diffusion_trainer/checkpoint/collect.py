@@ -20,15 +20,17 @@ class Leftover:
     modified: float
 
 
-def collect(store: ObjectStore, *, before: Head, after: Head, now: float, orphan_seconds: float) -> None:
-    """Delete what a commit (`before` to `after`) dropped, own failed uploads, and old orphans of older attempts.
+def collect(store: ObjectStore, *, before: Head, after: Head, orphans_before: float) -> None:
+    """Delete what a commit (`before` to `after`) dropped, own failed uploads, and orphans of older attempts.
+
+    Orphans are deleted when nothing in them changed since `orphans_before` (seconds since 1970).
 
     To be called by the holder of the fence, after its commit. Safe also when it has just lost the fence: its successor
     starts from `after` or something later, which refers to nothing that is deleted here. Raises StorageError.
     """
     dropped = {entry.key for entry in before.history} - {entry.key for entry in after.history}
     for left in _leftovers(store, after):
-        if left.folder in dropped or _is_garbage(left, after.lease, now - orphan_seconds):
+        if left.folder in dropped or _is_garbage(left, after.lease, orphans_before):
             for key in left.keys:
                 store.delete(key)
 

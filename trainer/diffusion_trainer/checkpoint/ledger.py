@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from diffusion_trainer.checkpoint.collect import collect
@@ -132,13 +133,13 @@ class Ledger:
             except CheckpointCorrupt as error:
                 self._warn(str(error))
                 if self._lease is not None:
-                    self._update(lambda head, key=entry.key: head.marked_bad(key))
+                    self._update(partial(_mark_bad, key=entry.key))
                 continue
             self._loaded = entry
             return snapshot
         raise CheckpointCorrupt(
-            f"load {self._store.uri}: none of the {len(found[0].history)} published checkpoints is whole; restore their "
-            "objects (bucket versions, backup), or start again under another name"
+            f"load {self._store.uri}: none of the {len(found[0].history)} published checkpoints is whole; restore "
+            "their objects (bucket versions, backup), or start again under another name"
         )
 
     def read(self, entry: Entry, *, scratch: Path | None = None) -> Snapshot:
@@ -161,8 +162,8 @@ class Ledger:
     def publish_files(self, step: int, files: Mapping[str, Path], *, best: tuple[str, float] | None = None) -> Entry:
         """Upload the files of a checkpoint (by their names in it) and commit; `best` (metric, value) pins it.
 
-        A step that is the newest already is not published again. After `StorageUnavailable` the outcome is unknown, and
-        publishing the same step again is safe.
+        A step that is the newest already is not published again. After `StorageUnavailable` the outcome is unknown,
+        and publishing the same step again is safe.
 
         Raises:
             Fenced: a newer attempt, or another start of this one, took over.
@@ -180,13 +181,8 @@ class Ledger:
         pinned = Best(step, entry.key, *best) if best else None
         after = self._update(lambda head: head.committed(entry, keep_last=self._retention.keep_last, best=pinned))
         try:
-            collect(
-                self._store,
-                before=before,
-                after=after,
-                now=self._clock(),
-                orphan_seconds=self._retention.orphan_seconds,
-            )
+            oldest = self._clock() - self._retention.orphan_seconds
+            collect(self._store, before=before, after=after, orphans_before=oldest)
         except StorageError as error:
             self._warn(f"old checkpoints could not be deleted, they take up room until the next commit: {error}")
         return entry
@@ -203,7 +199,7 @@ class Ledger:
             found = self._store.head(f"{folder}/{file.key}").size
             if found != file.size:
                 raise StorageUnavailable(
-                    f"publish {self._store.uri}{folder}/{file.key}: the store has {found} of {file.size} bytes; try again"
+                    f"publish {self._store.uri}{folder}/{file.key}: {found} of {file.size} bytes arrived; try again"
                 )
         now = self._clock()
         manifest = Manifest(step, self._attempt, now, parent, listed, versions()).encode()
@@ -225,8 +221,8 @@ class Ledger:
             raise self._fenced(head)
         if head.run_spec_sha != self._run_spec_sha:
             raise SpecChanged(
-                f"acquire {self._store.uri}: the checkpoints here belong to the spec {head.run_spec_sha[:12]}, this run "
-                f"has {self._run_spec_sha[:12]}; undo the change of the spec, or run it under another name or destination"
+                f"acquire {self._store.uri}: the checkpoints here belong to the spec {head.run_spec_sha[:12]}, this "
+                f"run has {self._run_spec_sha[:12]}; undo the change of the spec, or run it under another name"
             )
         return head.taken_by(self._attempt)
 
@@ -288,5 +284,9 @@ class Ledger:
 
     def _never_settled(self) -> Conflict:
         return Conflict(
-            f"swap {self._store.uri}{HEAD_KEY}: {_TRIES} writes lost against others; find out what else writes this object"
+            f"swap {self._store.uri}{HEAD_KEY}: {_TRIES} writes lost against others; find out what else writes it"
         )
+
+
+def _mark_bad(head: Head, *, key: str) -> Head:
+    return head.marked_bad(key)

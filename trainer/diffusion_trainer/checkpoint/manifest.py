@@ -54,17 +54,19 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
         raw: dict[str, Any] = json.loads(data)
         version = raw.pop("version")
         if version == VERSION:
-            files = tuple(File(**file) for file in raw.pop("files"))
-            strange = [file.key for file in files if not _NAME.fullmatch(file.key)]
-            if strange:
-                raise ValueError(f"strange names of files {strange}")
-            return Manifest(**raw, files=files)
+            return Manifest(**raw, files=tuple(_file(**file) for file in raw.pop("files")))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointCorrupt(f"read {where}: it is not a manifest ({error}); use another checkpoint") from error
     raise CheckpointUnsupported(
         f"read {where}: version {version!r} was written by another release (this one knows {VERSION}); "
         "use the trainer image that wrote it, or a newer one"
     )
+
+
+def _file(*, key: str, size: int, sha256: str) -> File:
+    if not _NAME.fullmatch(key):
+        raise ValueError(f"{key!r} is no name of a checkpoint's file")
+    return File(key, size, sha256)
 
 
 def sha256_of(path: Path) -> str:

@@ -54,7 +54,7 @@ class Publisher:
     ) -> None:
         """Start the uploader.
 
-        `staging` is a folder with room for one checkpoint; a folder in memory (/dev/shm, a memory-backed emptyDir) makes
+        `staging` is a folder with room for one checkpoint; a folder in memory (/dev/shm, an emptyDir of memory) makes
         the stall shortest. `on_warning` is called by the methods named above.
         """
         self._warn = on_warning or (lambda _: None)

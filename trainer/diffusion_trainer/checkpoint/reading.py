@@ -66,8 +66,8 @@ def _verified(store: ObjectStore, entry: Entry, file: File, folder: Path) -> Pat
 
 def _damaged(store: ObjectStore, entry: Entry, what: str) -> CheckpointCorrupt:
     return CheckpointCorrupt(
-        f"checkpoint {store.uri}{entry.key} (step {entry.step}) is damaged: {what}; use an older checkpoint, and find out "
-        "what else writes or deletes below this prefix"
+        f"checkpoint {store.uri}{entry.key} (step {entry.step}) is damaged: {what}; use an older checkpoint, and find "
+        "out what else writes or deletes below this prefix"
     )
 
 
