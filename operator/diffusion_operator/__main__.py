@@ -1,0 +1,35 @@
+"""python -m diffusion_operator: run the operator with the service account of its pod, or the current kubeconfig."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import kopf
+
+from diffusion_operator import handlers
+from diffusion_operator.errors import SettingsError
+from diffusion_operator.settings import Settings
+
+WRONG_USAGE = 64
+
+
+def main() -> int:
+    """Run until a signal; return the exit code."""
+    try:
+        settings = Settings.from_environment(os.environ)
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return WRONG_USAGE
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    registry = kopf.get_default_registry()
+    assert handlers  # noqa: S101 - imported for what it registers
+    kopf.run(registry=registry, standalone=True, clusterwide=not settings.namespaces, namespaces=settings.namespaces)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

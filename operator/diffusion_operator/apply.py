@@ -1,0 +1,96 @@
+"""The only writer: the status first, then pods, then events.
+
+The status comes first because it is what survives: an attempt's number stands there before its pods exist, an ending
+before anything is tidied up. Whatever a crash leaves undone, the next look at the job finds to be done.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from diffusion_api import names
+from diffusion_operator.cluster import Cluster
+from diffusion_operator.desired import event
+from diffusion_operator.errors import ExistsError, NotFoundError, RefusedError
+from diffusion_operator.knowledge import Knowledge
+from diffusion_operator.state import Decision, Job, Object, Refusal
+from diffusion_operator.status import to_object
+
+
+async def apply(decision: Decision, job: Job, *, knowledge: Knowledge, cluster: Cluster) -> bool:
+    """Bring it about; return whether the status was written.
+
+    Raises:
+        ConflictError: the job is not as it was read; look again.
+        RefusedError: the API server will not have a pod; `knowledge.refusals` says why.
+        UnavailableError: look again later.
+    """
+    written = False
+    if decision.status is not None:
+        status = to_object(decision.status)
+        if status != job.raw.get("status"):
+            knowledge.jobs.put(await cluster.write_status(job.raw, status))
+            written = True
+    for pod in decision.delete:
+        try:
+            await cluster.delete_pod(pod.raw)
+        except NotFoundError:
+            knowledge.pods.remove(pod.raw)
+    for manifest in decision.create:
+        await _create(manifest, job, knowledge=knowledge, cluster=cluster)
+    return written
+
+
+async def tell(job: Job, *, now: datetime, knowledge: Knowledge, cluster: Cluster) -> None:
+    """Create the events that the job's status speaks of and that do not exist yet."""
+    told = knowledge.told.setdefault(job.uid, set())
+    for notice in event.notices(job.status, now=now):
+        manifest = event.build(job, notice)
+        name = manifest["metadata"]["name"]
+        if name in told:
+            continue
+        try:
+            await cluster.create_event(manifest)
+        except ExistsError:
+            pass  # told before a restart
+        except NotFoundError:
+            return  # the namespace is gone, and the job with it
+        told.add(name)
+
+
+async def _create(manifest: Object, job: Job, *, knowledge: Knowledge, cluster: Cluster) -> None:
+    try:
+        pod = await cluster.create_pod(manifest)
+    except ExistsError:
+        metadata = manifest["metadata"]
+        pod = await cluster.get_pod(metadata["namespace"], metadata["name"])
+        if not _is_ours(pod, manifest):
+            knowledge.refusals[job.uid] = Refusal(
+                cause="PodNameTaken",
+                detail=f"a pod {metadata['name']} exists and is not of this job",
+                hint=f"delete it: kubectl delete pod {metadata['name']} --namespace {metadata['namespace']}",
+            )
+            raise RefusedError(f"pod {metadata['name']}: the name is taken by a pod that is not of this job") from None
+    except RefusedError as error:
+        knowledge.refusals[job.uid] = _refusal(str(error))
+        raise
+    knowledge.refusals.pop(job.uid, None)
+    knowledge.pods.put(pod)
+
+
+def _is_ours(pod: Object, manifest: Object) -> bool:
+    """Return whether an existing pod is the one that was to be created: of the same job, and of the same attempt."""
+    found, wanted = pod["metadata"].get("labels") or {}, manifest["metadata"]["labels"]
+    return all(found.get(key) == wanted[key] for key in (names.LABEL_JOB_UID, names.LABEL_ATTEMPT, names.LABEL_RANK))
+
+
+def _refusal(message: str) -> Refusal:
+    if "exceeded quota" in message:
+        return Refusal(
+            cause="QuotaExceeded", detail=message, hint="wait for other pods to end, or ask for a larger quota"
+        )
+    if "violates PodSecurity" in message:
+        return Refusal(
+            cause="PodSecurity", detail=message, hint="ask who runs the cluster about the namespace's policy"
+        )
+    return Refusal(cause="AdmissionRejected", detail=message, hint="the message names what the API server refused")

@@ -1,0 +1,108 @@
+"""The watches, and nothing else: kopf tells what changed, the controller's queue decides when it is looked at.
+
+kopf's own machinery for handlers (progress in annotations, finalizers, a diff base, events) stays unused: every look at
+a job starts from the cluster's state and not from what happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import kopf
+
+from diffusion_api import names
+from diffusion_operator.controller import Controller
+from diffusion_operator.errors import SettingsError
+from diffusion_operator.settings import Settings
+from diffusion_operator.state import Object
+
+JOB = (names.GROUP, names.VERSION, names.JOB_PLURAL)
+PROFILE = (names.GROUP, names.VERSION, names.PROFILE_PLURAL)
+RETRY_SECONDS = 5.0
+
+
+class EndlessBackoffs:
+    """Pauses between kopf's attempts to reach the API server: short, jittered, and without end.
+
+    After a finite list kopf gives up a watch for good, and the operator would be deaf.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        while True:
+            yield RETRY_SECONDS * (0.2 + 0.8 * random.random())  # noqa: S311 - spreads load only
+
+
+class NoDiffBase(kopf.DiffBaseStorage):
+    """Keep no copy of objects: only events are handled, never differences."""
+
+    def fetch(self, *, body: kopf.Body) -> None:
+        """Return that nothing is known."""
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Keep nothing."""
+
+
+@kopf.on.login()
+def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    """Log in without the synchronous client library, which kopf would otherwise import."""
+    return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+
+@kopf.on.startup()
+async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
+    """Configure kopf as a mere watcher and start the controller."""
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    # Watching kinds and namespaces come and go would need rights on the whole cluster.
+    settings.scanning.disabled = True
+    settings.persistence.diffbase_storage = NoDiffBase()
+    settings.networking.error_backoffs = EndlessBackoffs()
+    settings.networking.connect_timeout = 5
+    settings.networking.request_timeout = 60
+    settings.watching.connect_timeout = 5
+    settings.watching.server_timeout = 300
+    settings.queueing.idle_timeout = 1
+    settings.watching.label_selectors["pods"] = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
+    try:
+        memo.controller = Controller(Settings.from_environment(os.environ))
+        await memo.controller.start()
+    except SettingsError as error:
+        raise kopf.PermanentError(str(error)) from error
+
+
+@kopf.on.cleanup()
+async def stop(memo: kopf.Memo, **_: Any) -> None:
+    """Stop the controller."""
+    if "controller" in memo:
+        await memo.controller.stop()
+
+
+@kopf.on.event(*JOB)
+async def job_changed(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    """Pass on news of a job."""
+    memo.controller.job_seen(_object(event), gone=_gone(event))
+
+
+@kopf.on.event("pods", labels={names.LABEL_MANAGED_BY: names.MANAGED_BY})
+async def pod_changed(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    """Pass on news of a pod."""
+    memo.controller.pod_seen(_object(event), gone=_gone(event))
+
+
+@kopf.on.event(*PROFILE)
+async def profile_changed(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    """Pass on news of a profile."""
+    memo.controller.profile_seen(_object(event), gone=_gone(event))
+
+
+def _object(event: kopf.RawEvent) -> Object:
+    return dict(event["object"])
+
+
+def _gone(event: kopf.RawEvent) -> bool:
+    return event["type"] == "DELETED"

@@ -1,0 +1,49 @@
+"""Everything that the operator keeps in memory. All of it can be rebuilt from the cluster by reading it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from diffusion_operator.cache import Cache, PodCache, owner_uid
+from diffusion_operator.cluster import Cluster
+from diffusion_operator.state import Object, Refusal
+
+
+@dataclass
+class Knowledge:
+    """The caches, and what the operator remembers to spare the API server repetitions."""
+
+    jobs: Cache = field(default_factory=Cache)
+    pods: PodCache = field(default_factory=PodCache)
+    profiles: Cache = field(default_factory=Cache)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+    """By job uid: why the API server did not create a pod, at the last attempt to."""
+    told: dict[str, set[str]] = field(default_factory=dict)
+    """By job uid: names of events that exist already."""
+
+    def forget(self, uid: str) -> None:
+        """Forget everything about a job that is gone."""
+        self.refusals.pop(uid, None)
+        self.told.pop(uid, None)
+        self.pods.bury(uid)
+
+    async def refresh(self, cluster: Cluster, namespaces: tuple[str, ...], changed: Callable[[str], None]) -> None:
+        """Read the whole cluster, and call `changed` with the uid of every job that something changed about.
+
+        Jobs first: pods that are newer than their job's status are understood, a status that is newer than the pods
+        would speak of pods that seem to be missing.
+        """
+        for job in self.jobs.replace(await cluster.list_jobs(namespaces)):
+            changed(job["metadata"]["uid"])
+        for pod in self.pods.replace(await cluster.list_pods(namespaces)):
+            changed(owner_uid(pod))
+        for profile in self.profiles.replace(await cluster.list_profiles()):
+            for uid in self.jobs_with(profile):
+                changed(uid)
+
+    def jobs_with(self, profile: Object) -> list[str]:
+        """Return the uids of the jobs that ask for the profile."""
+        name = profile["metadata"]["name"]
+        wanted = [(job, (job.get("spec") or {}).get("resources") or {}) for job in self.jobs]
+        return [job["metadata"]["uid"] for job, resources in wanted if resources.get("profile") == name]

@@ -1,0 +1,130 @@
+"""An attempt in progress: its pods are created, wait, or run."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from diffusion_api.status import JobStatus
+from diffusion_operator.policies import attempt_starts
+from diffusion_operator.policies.attempt_ended import nodes_of, seconds_to_stuck
+from diffusion_operator.policies.leftovers import leftovers
+from diffusion_operator.policies.pending import why_waiting
+from diffusion_operator.policies.resources import profile_of
+from diffusion_operator.policies.validation import accepted
+from diffusion_operator.state import Case, Decision, Heard, SeenPod
+from diffusion_operator.status import (
+    Value,
+    calm,
+    edit_attempt,
+    sentence,
+    set_condition,
+    set_pending,
+    short,
+    take_report,
+)
+
+LOOK_AGAIN_SECONDS = 10
+"""A mount that fails changes nothing on the pod: only asking for its events tells."""
+SILENCE = timedelta(seconds=60)
+"""After so long without an answer the status says that progress cannot be read."""
+
+
+def attempt_runs(case: Case) -> Decision | None:
+    """Create what is missing of a starting attempt; otherwise say how far it is."""
+    attempt = case.job.open_attempt
+    if attempt is None:
+        return None
+    pods = case.pods_of(attempt.number)
+    if attempt_starts.is_starting(case):
+        present = {pod.name for pod in pods}
+        wanted = attempt_starts.pods(case, case.status)
+        missing = tuple(manifest for manifest in wanted if manifest["metadata"]["name"] not in present)
+        if missing:
+            return Decision(rule="attemptRuns", status=_refused(case), create=missing)
+    status = accepted(case)
+    status = edit_attempt(status, nodes=nodes_of(pods) or attempt.nodes)
+    stopping = tuple(pod for pod in pods if pod.deleting)
+    if stopping:
+        return _stops(case, status, stopping)
+    waiting = tuple(pod for pod in pods if pod.phase != "Running")
+    if waiting:
+        return _waits(case, status, waiting)
+    return _progresses(case, status, pods[0])
+
+
+def _refused(case: Case) -> JobStatus | None:
+    """Return the status that says why the API server will not have the pods; None where it has not refused any."""
+    refusal = case.seen.refusal
+    if refusal is None:
+        return None
+    status = set_pending(
+        case.status, cause=refusal.cause, detail=refusal.detail, hint=refusal.hint, now=case.now
+    ).model_copy(update={"phase": "Pending", "message": short(f"{refusal.cause}: {refusal.detail}")})
+    return _say(case, status, "Progressing", "False", refusal.cause, refusal.detail)
+
+
+def _stops(case: Case, status: JobStatus, stopping: tuple[SeenPod, ...]) -> Decision:
+    message = f"pod {stopping[0].name} was told to stop and saves a checkpoint"
+    status = status.model_copy(update={"phase": "Interrupted", "message": message})
+    status = _say(case, status, "PodsReady", "False", "Stopping", message)
+    status = _say(case, status, "Progressing", "False", "Stopping", message)
+    return Decision(
+        rule="attemptRuns", status=status, delete=leftovers(case), again_seconds=seconds_to_stuck(stopping, case)
+    )
+
+
+def _waits(case: Case, status: JobStatus, waiting: tuple[SeenPod, ...]) -> Decision:
+    pod = waiting[0]
+    phase, message = ("Preparing", f"pod {pod.name} starts on {pod.node}") if pod.node else ("Scheduling", "")
+    message = message or f"pod {pod.name} waits for a node"
+    why = why_waiting(pod, case.seen.pod_events, profile_of(case))
+    reason = "Waiting"
+    if why is not None:
+        # `accepted` has cleared it; the old one is needed for `since`.
+        status = status.model_copy(update={"pending": case.status.pending})
+        status = set_pending(status, cause=why[0], detail=why[1], hint=why[2], now=case.now)
+        reason, message = why[0], f"{why[0]}: {why[1]}"
+    status = status.model_copy(update={"phase": phase, "message": short(message)})
+    status = _say(case, status, "PodsReady", "False", "Waiting", message)
+    status = _say(case, status, "Progressing", "False", reason, message)
+    return Decision(
+        rule="attemptRuns",
+        status=status,
+        delete=leftovers(case),
+        again_seconds=LOOK_AGAIN_SECONDS if pod.node else None,
+    )
+
+
+def _progresses(case: Case, status: JobStatus, pod: SeenPod) -> Decision:
+    heard = case.seen.heard
+    status = _say(case, status, "PodsReady", "True", "Running", "all pods run")
+    if heard.report is not None:
+        status = take_report(status, heard.report)
+    phase, message = _stage(heard, status)
+    value: Value = "True"
+    reason, said = phase, "the trainer reports progress"
+    if heard.silent_since is not None and case.now - heard.silent_since >= SILENCE:
+        # Told, never acted upon: the trainer watches itself, and what it writes does not pass through here.
+        value, reason, said = "Unknown", "ProgressUnreachable", f"progress cannot be read: {heard.error}"
+        message = f"{message}; {said}"
+        phase = "Running"
+    status = status.model_copy(update={"phase": phase, "message": short(message)})
+    status = _say(case, status, "Progressing", value, reason, said)
+    status = calm(status, case.status, least_seconds=case.status_seconds)
+    return Decision(rule="attemptRuns", status=status, delete=leftovers(case), poll=pod)
+
+
+def _stage(heard: Heard, status: JobStatus) -> tuple[str, str]:
+    report = heard.report
+    if report is None or report.stage == "Preparing":
+        detail = report.detail if report is not None else ""
+        return "Preparing", detail or "the trainer prepares data and model"
+    if report.stage == "Exporting":
+        return "Running", report.detail or "the trainer exports the weights"
+    return "Running", sentence(status.progress) if status.progress else report.detail or "the trainer runs"
+
+
+def _say(case: Case, status: JobStatus, kind: str, value: Value, reason: str, message: str) -> JobStatus:
+    return set_condition(
+        status, kind, value, reason=reason, message=message, generation=case.job.generation, now=case.now
+    )

@@ -1,0 +1,79 @@
+"""The start of an attempt: its number goes into the status first, and its pods are created after that."""
+
+from __future__ import annotations
+
+from diffusion_api.status import MAX_ATTEMPTS, Attempt, JobStatus
+from diffusion_operator import timestamps
+from diffusion_operator.desired import pod
+from diffusion_operator.policies.leftovers import leftovers
+from diffusion_operator.policies.resources import profile_of
+from diffusion_operator.policies.run_policy import micro_batch_bound
+from diffusion_operator.policies.validation import accepted
+from diffusion_operator.state import Case, Decision, Object
+from diffusion_operator.status import add_attempt, count, set_condition
+
+STARTING = "Starting"
+"""Reason of PodsReady from the status write until all pods have been seen. Afterwards a missing pod is a lost one."""
+
+
+def attempt_starts(case: Case) -> Decision | None:
+    """Start the next attempt."""
+    return open_next(case, accepted(case), rule="attemptStarts")
+
+
+def is_starting(case: Case) -> bool:
+    """Return whether pods of the open attempt may not have been created yet."""
+    condition = case.job.condition("PodsReady")
+    return case.job.open_attempt is not None and condition is not None and condition.reason == STARTING
+
+
+def open_next(case: Case, status: JobStatus, *, rule: str) -> Decision:
+    """Return the decision to start another attempt, or to stop pods of earlier ones that still run."""
+    strays = tuple(found for found in case.live_pods if not found.gone)
+    if strays:
+        stopping = tuple(found for found in strays if not found.deleting)
+        return Decision(rule=rule, status=status, delete=stopping, again_seconds=5)
+    # Pods may be of later attempts than the status knows, where it was restored from a backup.
+    number = max([status.attempt, *(found.attempt for found in case.seen.pods)]) + 1
+    attempt = Attempt(number=number, started_at=timestamps.to_text(case.now))
+    status = add_attempt(status, attempt, keep=MAX_ATTEMPTS)
+    if number > 1:
+        status = count(status, restarts=1)
+    status = status.model_copy(
+        update={
+            "phase": "Scheduling",
+            "message": f"attempt {number} starts",
+            "next_attempt_at": None,
+            "profile": profile_of(case).to_json_object(),
+        }
+    )
+    generation = case.job.generation
+    suspended = next((found for found in status.conditions if found.type == "Suspended"), None)
+    if suspended is not None and suspended.reason != "Resumed":
+        status = set_condition(
+            status,
+            "Suspended",
+            "False",
+            reason="Resumed",
+            message="the job goes on",
+            generation=generation,
+            now=case.now,
+        )
+    for kind in ("PodsReady", "Progressing"):
+        message = f"the pods of attempt {number} are being created"
+        status = set_condition(
+            status, kind, "False", reason=STARTING, message=message, generation=generation, now=case.now
+        )
+    return Decision(rule=rule, status=status, create=pods(case, status), delete=leftovers(case))
+
+
+def pods(case: Case, status: JobStatus) -> tuple[Object, ...]:
+    """Return the manifests of all pods of the newest attempt: a function of job, status and profile alone."""
+    attempt = pod.Attempt(
+        number=status.attempt,
+        micro_batch_size=micro_batch_bound(case.spec, retunes=status.counters.out_of_memory_retunes),
+        trainer_image=case.seen.trainer_image,
+    )
+    ranks = range(case.spec.resources.nodes)
+    profile = profile_of(case)
+    return tuple(pod.build(case.job, case.spec, profile, attempt=attempt, rank=rank) for rank in ranks)

@@ -1,0 +1,173 @@
+"""From what is left of pods to the cause of their end. The order of `CLUES` is the precedence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from diffusion_api.outcomes import OF_CAUSE, OF_CODE, Cause, ExitCode
+from diffusion_api.run import LastWord
+from diffusion_operator import timestamps
+from diffusion_operator.state import SeenPod
+
+SIGTERM_CODE = 143
+NODE_GONE = {"DeletionByTaintManager", "DeletionByPodGC"}
+BY_KUBELET = "TerminationByKubelet"
+NODE_SHUTDOWN = {"Terminated", "NodeShutdown", "Shutdown", "Preempting", "Evicted"}
+MAX_DETAIL = 700
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How an attempt ended."""
+
+    cause: Cause
+    message: str
+    exit_code: int | None = None
+    word: LastWord | None = None
+
+
+Clue = Callable[[SeenPod, datetime], tuple[Cause, str] | None]
+
+
+def ending_of(pods: tuple[SeenPod, ...], *, stopped: bool, now: datetime) -> Ending:
+    """Return how an attempt ended whose pods have all ended. `stopped`: the user suspended the job meanwhile.
+
+    Of several ranks the one that outranks the others by the precedence speaks; completed they must be all.
+    """
+    if not pods:
+        cause = Cause.SUSPENDED if stopped else Cause.PREEMPTED
+        return Ending(cause=cause, message=_sentence(cause, "the pod is gone without a trace"))
+    endings = [_of_pod(pod, stopped=stopped, now=now) for pod in pods]
+    unfinished = [entry for entry in endings if entry[1].cause != Cause.COMPLETED]
+    return min(unfinished or endings, key=lambda entry: entry[0])[1]
+
+
+def _of_pod(pod: SeenPod, *, stopped: bool, now: datetime) -> tuple[int, Ending]:
+    word = pod.last_word
+    code = pod.terminated.get("exitCode")
+    for rank, clue in enumerate(CLUES):
+        found = clue(pod, now)
+        if found is None:
+            continue
+        cause, detail = found
+        if stopped and clue not in (_fenced, _completed) and _was_deleted(pod):
+            cause, detail = Cause.SUSPENDED, ""
+        return rank, Ending(cause=cause, message=_message(cause, detail, word), exit_code=code, word=word)
+    raise AssertionError("the last clue always answers")
+
+
+def _fenced(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    return (Cause.FENCED, "") if _said_code(pod) == ExitCode.FENCED else None
+
+
+def _completed(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    """Before every disruption: the weights are exported, and what came too late did no harm."""
+    return (Cause.COMPLETED, "") if _said_code(pod) == ExitCode.DONE else None
+
+
+def _node_stopped_answering(pod: SeenPod, now: datetime) -> tuple[Cause, str] | None:
+    if pod.stuck(now) and not pod.finished:
+        return Cause.NODE_LOST, f"node {pod.node} did not stop the pod within its grace"
+    return (Cause.NODE_LOST, pod.message) if pod.reason == "NodeLost" else None
+
+
+def _used_too_much_disk(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    """The pod's own limit; a node that is low on disk evicts pods with other words, and that is a preemption."""
+    if pod.reason == "Evicted" and "exceed" in pod.message:
+        return Cause.EPHEMERAL_STORAGE, pod.message
+    return None
+
+
+def _disrupted(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    condition = pod.condition("DisruptionTarget")
+    if condition.get("status") != "True":
+        return None
+    reason = str(condition.get("reason", ""))
+    if reason != BY_KUBELET and not _was_deleted(pod):
+        return None  # a disruption that was announced and did not come about
+    if not pod.finished and not pod.gone and not pod.deleting:
+        return None
+    cause = Cause.NODE_LOST if reason in NODE_GONE else Cause.PREEMPTED
+    return cause, f"{reason}: {condition.get('message', '')}"
+
+
+def _node_made_room(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    return (Cause.PREEMPTED, f"{pod.reason}: {pod.message}") if pod.reason in NODE_SHUTDOWN else None
+
+
+def _deleted(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    return (Cause.PREEMPTED, "the pod was deleted") if _was_deleted(pod) else None
+
+
+def _out_of_memory(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    return (Cause.HOST_OUT_OF_MEMORY, "") if pod.terminated.get("reason") == "OOMKilled" else None
+
+
+def _rejected(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    """The node refused the pod: it has failed and its container never was."""
+    if pod.terminated:
+        return None
+    return Cause.ADMISSION_REJECTED, f"{pod.reason}: {pod.message}" if pod.reason else pod.message
+
+
+def _said_or_exited(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    code = _said_code(pod)
+    said = str(pod.terminated.get("message") or "")
+    if code in OF_CODE:
+        return OF_CODE[code].cause, said
+    if code == SIGTERM_CODE:
+        return Cause.PREEMPTED, "the trainer was terminated before it could save"
+    return Cause.CRASH, f"exit code {code}{': ' + said if said else ''}"
+
+
+CLUES: tuple[Clue, ...] = (
+    _fenced,
+    _completed,
+    _node_stopped_answering,
+    _used_too_much_disk,
+    _disrupted,
+    _node_made_room,
+    _deleted,
+    _out_of_memory,
+    _rejected,
+    _said_or_exited,
+)
+
+
+def _said_code(pod: SeenPod) -> int:
+    """Return the exit code that the trainer meant: a SIGKILL after its last word does not change what it said."""
+    word = pod.last_word
+    return word.exit_code if word is not None else int(pod.terminated.get("exitCode", -1))
+
+
+def _was_deleted(pod: SeenPod) -> bool:
+    """Return whether the pod was told to end, rather than deleted after it had ended by itself."""
+    finished_at = pod.terminated.get("finishedAt")
+    if not pod.deleting:
+        return pod.gone and not pod.finished
+    if not finished_at:
+        return True
+    return timestamps.from_text(finished_at) >= _deletion_asked_at(pod.raw["metadata"])
+
+
+def _deletion_asked_at(metadata: Mapping[str, object]) -> datetime:
+    # The deletion's timestamp is the end of the grace.
+    end = timestamps.from_text(str(metadata["deletionTimestamp"]))
+    return end - timedelta(seconds=float(str(metadata.get("deletionGracePeriodSeconds", 0))))
+
+
+def _message(cause: Cause, detail: str, word: LastWord | None) -> str:
+    """Return the trainer's own words where they speak of this end, else the table's."""
+    if word is None:
+        return _sentence(cause, detail)
+    said = OF_CODE[word.exit_code].cause if word.exit_code in OF_CODE else Cause.CRASH
+    return word.message if said == cause else _sentence(cause, detail)
+
+
+def _sentence(cause: Cause, detail: str) -> str:
+    """Return what happened and what to do."""
+    outcome = OF_CAUSE[cause]
+    what = f"{outcome.explanation} ({detail[:MAX_DETAIL]})" if detail else outcome.explanation
+    return f"{what}: {outcome.remedy}" if outcome.remedy else what

@@ -1,0 +1,167 @@
+"""`spec.runPolicy`: what follows from the end of an attempt. `outcomes.py` has the actions; here are the budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from diffusion_api.job import JobSpec
+from diffusion_api.outcomes import (
+    HOST_OUT_OF_MEMORY_BUDGET,
+    INFRASTRUCTURE_BUDGET,
+    OF_CAUSE,
+    RETUNE_BUDGET,
+    Action,
+    Cause,
+)
+from diffusion_api.status import Attempt, JobStatus
+from diffusion_operator import timestamps
+from diffusion_operator.policies.evidence import Ending
+from diffusion_operator.state import Case, Decision
+from diffusion_operator.status import duration
+
+FIRST_BACKOFF_SECONDS = 10
+LONGEST_BACKOFF_SECONDS = 300
+EXHAUSTED = "BackoffLimitExceeded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What follows from an ended attempt."""
+
+    action: Action
+    """SUCCEED, FAIL, RESUME (start at once) or BACK_OFF (start after `wait_seconds`)."""
+    cause: Cause
+    reason: str
+    """Reason of the condition Failed, where it fails."""
+    message: str
+    counted: dict[str, int] = field(default_factory=dict)
+    """Increments of counters."""
+    wait_seconds: float = 0
+
+
+def judge(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
+    """Return the verdict. `status` has heard the attempt's last word; its newest attempt is the one that ended."""
+    action = OF_CAUSE[ending.cause].action
+    if action == Action.RESUME:
+        counted = {"preemptions": 1} if ending.cause != Cause.SUSPENDED else {}
+        return _verdict(Action.RESUME, ending, counted=counted)
+    if action in {Action.BACK_OFF, Action.IGNORE}:
+        # Ignored is what a fenced attempt says; that its successor must be started is not.
+        return _infrastructure(status, ending)
+    if action == Action.RETRY:
+        return _retry(status, spec, ending)
+    if action == Action.RETUNE:
+        return _retune(status, spec, ending)
+    return _verdict(action, ending)
+
+
+def _infrastructure(status: JobStatus, ending: Ending) -> Verdict:
+    streak = 1 if saved_something(status) else status.counters.infrastructure + 1
+    # The counter is a streak: a checkpoint in between shows that the infrastructure works again.
+    counted = {"infrastructure": streak - status.counters.infrastructure}
+    if streak > INFRASTRUCTURE_BUDGET:
+        message = f"{streak} times in a row without a new checkpoint: {ending.message}"
+        return _verdict(Action.FAIL, ending, reason=EXHAUSTED, message=message, counted=counted)
+    return _verdict(Action.BACK_OFF, ending, counted=counted, wait_seconds=backoff_seconds(streak))
+
+
+def _retry(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
+    failures = status.counters.failures + 1
+    counted = {"failures": 1}
+    if ending.cause == Cause.CRASH and _same_as_before(status, ending):
+        step = status.attempts[0].reached_step
+        message = f"{OF_CAUSE[Cause.REPEATED_CRASH].explanation} (step {step}): {ending.message}"
+        repeated = Ending(cause=Cause.REPEATED_CRASH, message=message, exit_code=ending.exit_code, word=ending.word)
+        return _verdict(Action.FAIL, repeated, counted=counted)
+    if ending.cause == Cause.HOST_OUT_OF_MEMORY:
+        before = sum(attempt.cause == Cause.HOST_OUT_OF_MEMORY for attempt in status.attempts[1:])
+        if before >= HOST_OUT_OF_MEMORY_BUDGET:
+            return _verdict(Action.FAIL, ending, counted=counted)
+    if failures > spec.run_policy.backoff_limit:
+        message = f"{failures} failures, spec.runPolicy.backoffLimit is {spec.run_policy.backoff_limit}; the last one: "
+        return _verdict(Action.FAIL, ending, reason=EXHAUSTED, message=message + ending.message, counted=counted)
+    return _verdict(Action.BACK_OFF, ending, counted=counted, wait_seconds=backoff_seconds(failures))
+
+
+def _retune(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
+    retunes = status.counters.out_of_memory_retunes
+    smallest = micro_batch_bound(spec, retunes=retunes)
+    if retunes >= RETUNE_BUDGET or smallest == 1 or _widest_micro_batch(spec) == 1:
+        message = f"{ending.message} (micro-batch at most {smallest or 1}): {OF_CAUSE[ending.cause].remedy}"
+        return _verdict(Action.FAIL, ending, message=message)
+    return _verdict(Action.RESUME, ending, counted={"out_of_memory_retunes": 1})
+
+
+def micro_batch_bound(spec: JobSpec, *, retunes: int) -> int | None:
+    """Return the bound on the micro-batch after so many halvings; None before the first one."""
+    return max(1, _widest_micro_batch(spec) >> retunes) if retunes else None
+
+
+def _widest_micro_batch(spec: JobSpec) -> int:
+    """Return the user's micro-batch or, where it is Auto, the share of one process in the batch."""
+    given = spec.training.micro_batch_size
+    if isinstance(given, int):
+        return given
+    processes = spec.resources.nodes * spec.resources.gpus_per_node
+    return -(-spec.batch_size // processes)
+
+
+def backoff_seconds(times: int) -> float:
+    """Return the pause after that many failures in a row: 10 s, doubled each time, at most 5 minutes."""
+    return float(min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** min(times - 1, 10)))
+
+
+def saved_something(status: JobStatus) -> bool:
+    """Return whether the newest attempt acknowledged a checkpoint of its own."""
+    attempt, checkpoint = status.attempts[0], status.checkpoint
+    if checkpoint is None or checkpoint.latest is None:
+        return False
+    if attempt.resumed_from_step is not None:
+        return checkpoint.latest.step > attempt.resumed_from_step
+    return timestamps.from_text(checkpoint.latest.time) >= timestamps.from_text(attempt.started_at)
+
+
+def _same_as_before(status: JobStatus, ending: Ending) -> bool:
+    """Return whether the attempt before this one crashed with the same code at the same step.
+
+    Only a step from the trainer's last word counts: polled progress is too coarse to tell two crashes apart.
+    """
+    if ending.word is None or ending.word.step is None:
+        return False
+    before: Attempt | None = next((attempt for attempt in status.attempts[1:] if attempt.cause == Cause.CRASH), None)
+    return before is not None and (before.exit_code, before.reached_step) == (ending.exit_code, ending.word.step)
+
+
+def _verdict(
+    action: Action,
+    ending: Ending,
+    *,
+    reason: str = "",
+    message: str = "",
+    counted: dict[str, int] | None = None,
+    wait_seconds: float = 0,
+) -> Verdict:
+    return Verdict(
+        action=action,
+        cause=ending.cause,
+        reason=reason or str(ending.cause),
+        message=message or ending.message,
+        counted=counted or {},
+        wait_seconds=wait_seconds,
+    )
+
+
+def backs_off(case: Case) -> Decision | None:
+    """Wait until the time that the status names; it is there and not in memory, so a restart does not shorten it."""
+    if case.status.next_attempt_at is None:
+        return None
+    left = timestamps.from_text(case.status.next_attempt_at) - case.now
+    if left <= timedelta(0):
+        return None
+    return Decision(rule="backoff", again_seconds=left.total_seconds())
+
+
+def describe_wait(seconds: float) -> str:
+    """Return the wait in words."""
+    return f"the next attempt starts in {duration(seconds)}"

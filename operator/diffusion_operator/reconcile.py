@@ -1,0 +1,104 @@
+"""One look at one job: observe, decide, apply, tell. The only place below `handlers` that knows the time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from diffusion_api.status import JobStatus
+from diffusion_operator.apply import apply, tell
+from diffusion_operator.cluster import Cluster
+from diffusion_operator.decide import decide
+from diffusion_operator.errors import ConflictError, NotFoundError
+from diffusion_operator.knowledge import Knowledge
+from diffusion_operator.metrics import Metrics
+from diffusion_operator.observe import observe
+from diffusion_operator.progress import ProgressSource
+from diffusion_operator.settings import Settings
+from diffusion_operator.state import Decision, Job
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconciler:
+    """Brings jobs to where they should be, one look at a time."""
+
+    settings: Settings
+    cluster: Cluster
+    knowledge: Knowledge
+    progress: ProgressSource
+    metrics: Metrics
+    clock: Callable[[], datetime]
+
+    async def reconcile(self, uid: str) -> float | None:
+        """Look at the job once; return after how many seconds to look again, None to wait for news.
+
+        Raises:
+            ClusterError: something could not be read or written; look again later.
+        """
+        raw = self.knowledge.jobs.get(uid)
+        if raw is None:
+            self.forget(uid)
+            return None
+        job = Job.read(raw)
+        now = self.clock()
+        seen = await observe(
+            job,
+            knowledge=self.knowledge,
+            cluster=self.cluster,
+            progress=self.progress,
+            trainer_image=self.settings.trainer_image,
+        )
+        decision = decide(job, seen, now=now, status_seconds=self.settings.status_seconds)
+        logger.debug("job %s/%s: %s", job.namespace, job.name, decision.rule)
+        try:
+            written = await apply(decision, job, knowledge=self.knowledge, cluster=self.cluster)
+        except (ConflictError, NotFoundError):
+            await self._read_again(job)
+            raise
+        if written and decision.status is not None:
+            self._note(job, decision.status)
+        self._follow(job, decision)
+        await self._tell(uid, now)
+        return 0 if decision.create else decision.again_seconds
+
+    def forget(self, uid: str) -> None:
+        """Forget a job that is gone."""
+        self.knowledge.forget(uid)
+        self.progress.forget(uid)
+
+    async def _read_again(self, job: Job) -> None:
+        """Replace what is known of a job that turned out to be out of date."""
+        try:
+            self.knowledge.jobs.put(await self.cluster.get_job(job.namespace, job.name))
+        except NotFoundError:
+            self.knowledge.jobs.remove(job.raw)
+
+    async def _tell(self, uid: str, now: datetime) -> None:
+        raw = self.knowledge.jobs.get(uid)
+        if raw is not None:
+            await tell(Job.read(raw), now=now, knowledge=self.knowledge, cluster=self.cluster)
+
+    def _follow(self, job: Job, decision: Decision) -> None:
+        pod = decision.poll
+        if pod is None or not pod.address:
+            self.progress.forget(job.uid)
+        else:
+            self.progress.follow(job.uid, address=pod.address, attempt=pod.attempt)
+
+    def _note(self, job: Job, status: JobStatus) -> None:
+        """Log and count what the written status says that the one before did not."""
+        if status.phase != job.status.phase:
+            logger.info("job %s/%s: %s: %s", job.namespace, job.name, status.phase, status.message)
+        before = {attempt.number for attempt in job.status.attempts if attempt.ended_at}
+        for attempt in status.attempts:
+            if attempt.ended_at and attempt.number not in before and attempt.number >= job.status.attempt:
+                self.metrics.attempts.labels(cause=attempt.cause or "Unknown").inc()
+        # Evidence that has been judged and written down is not needed any more.
+        newest = status.attempts[0] if status.attempts else None
+        if newest is not None:
+            closed = newest.number + 1 if newest.ended_at else newest.number
+            self.knowledge.pods.bury(job.uid, before_attempt=closed)

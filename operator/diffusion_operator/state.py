@@ -1,0 +1,303 @@
+"""The values of one look at a job: what was seen (`Observed`), the question (`Case`), the answer (`Decision`).
+
+Everything is frozen and built from the cluster alone; nothing reads a clock or the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffusion_api import names
+from diffusion_api.job import JobSpec
+from diffusion_api.run import LastWord, ProgressReport
+from diffusion_api.status import Attempt, Condition, JobStatus
+from diffusion_api.training_profile import ProfileSpec
+from diffusion_api.validate import InvalidJobError, parse
+from diffusion_operator import timestamps
+
+Object = dict[str, Any]
+"""A Kubernetes object as plain JSON values."""
+
+STUCK_SECONDS = 30
+"""Seconds past the end of a pod's grace after which its node must have stopped answering."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as it was read."""
+
+    raw: Object
+    spec: JobSpec | None
+    """None where it cannot be run."""
+    problems: tuple[str, ...] = ()
+    """Why it cannot be run, one sentence each."""
+    status: JobStatus
+
+    @classmethod
+    def read(cls, raw: Object) -> Job:
+        """Return the job; a spec that cannot be run is no error but a finding."""
+        # Fields of the status that a newer version wrote are not ours to judge.
+        status = JobStatus.model_validate(raw.get("status") or {}, extra="ignore")
+        try:
+            return cls(raw=raw, spec=parse(raw), status=status)
+        except InvalidJobError as error:
+            return cls(raw=raw, spec=None, problems=tuple(str(problem) for problem in error.problems), status=status)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Its metadata."""
+        found: Mapping[str, Any] = self.raw["metadata"]
+        return found
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return str(self.metadata["name"])
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace."""
+        return str(self.metadata["namespace"])
+
+    @property
+    def uid(self) -> str:
+        """Its uid."""
+        return str(self.metadata["uid"])
+
+    @property
+    def generation(self) -> int:
+        """Number of the spec's version."""
+        return int(self.metadata.get("generation", 0))
+
+    def condition(self, kind: str) -> Condition | None:
+        """Return the condition of that type."""
+        return next((found for found in self.status.conditions if found.type == kind), None)
+
+    def holds(self, kind: str) -> bool:
+        """Return whether the condition is true."""
+        found = self.condition(kind)
+        return found is not None and found.status == "True"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is complete or failed, for ever."""
+        return self.holds("Complete") or self.holds("Failed")
+
+    @property
+    def open_attempt(self) -> Attempt | None:
+        """The attempt that was started and has not ended."""
+        newest = self.status.attempts[0] if self.status.attempts else None
+        return newest if newest is not None and newest.ended_at is None else None
+
+
+@dataclass(frozen=True)
+class SeenPod:
+    """A pod of the job: as it is, or, when it is gone, as it was last seen."""
+
+    raw: Object
+    gone: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return str(self.raw["metadata"]["name"])
+
+    @property
+    def attempt(self) -> int:
+        """Number of its attempt; 0 where the label is missing or no number."""
+        text = self.raw["metadata"].get("labels", {}).get(names.LABEL_ATTEMPT, "")
+        return int(text) if text.isdigit() else 0
+
+    @property
+    def phase(self) -> str:
+        """Pending, Running, Succeeded, Failed or Unknown."""
+        return str(self._status.get("phase", "Pending"))
+
+    @property
+    def reason(self) -> str:
+        """Why the pod as a whole is in its phase, e.g. Evicted."""
+        return str(self._status.get("reason") or "")
+
+    @property
+    def message(self) -> str:
+        """The same in words."""
+        return str(self._status.get("message") or "")
+
+    @property
+    def node(self) -> str:
+        """Name of its node; empty before it is scheduled."""
+        return str(self.raw["spec"].get("nodeName") or "")
+
+    @property
+    def address(self) -> str:
+        """Its IP address; empty before it has one."""
+        return str(self._status.get("podIP") or "")
+
+    @property
+    def deleting(self) -> bool:
+        """Whether somebody asked for its deletion."""
+        return "deletionTimestamp" in self.raw["metadata"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its container has ended for good."""
+        return self.phase in {"Succeeded", "Failed"}
+
+    def condition(self, kind: str) -> Mapping[str, Any]:
+        """Return the condition of that type; empty where it has none."""
+        found: list[Mapping[str, Any]] = self._status.get("conditions") or []
+        return next((entry for entry in found if entry.get("type") == kind), {})
+
+    @property
+    def terminated(self) -> Mapping[str, Any]:
+        """How the trainer's container ended; empty while it has not."""
+        found: Mapping[str, Any] = self._container.get("state", {}).get("terminated") or {}
+        return found
+
+    @property
+    def waiting(self) -> Mapping[str, Any]:
+        """Why the trainer's container has not started; empty where it has."""
+        found: Mapping[str, Any] = self._container.get("state", {}).get("waiting") or {}
+        return found
+
+    @property
+    def started_at(self) -> str | None:
+        """When its node took it up."""
+        return self._status.get("startTime")
+
+    def stuck(self, now: datetime) -> bool:
+        """Return whether it should have been gone for a while: its node has stopped answering.
+
+        A deletion's timestamp is the end of the grace, not its beginning. That a new attempt starts beside such a pod
+        is safe: checkpoints are fenced.
+        """
+        if not self.deleting or self.gone:
+            return False
+        deadline = timestamps.from_text(self.raw["metadata"]["deletionTimestamp"])
+        return now >= deadline + timedelta(seconds=STUCK_SECONDS)
+
+    def ended(self, now: datetime) -> bool:
+        """Return whether nothing more is to be expected of it."""
+        return self.gone or self.finished or self.stuck(now)
+
+    def live(self, now: datetime) -> bool:
+        """Return whether it may still run."""
+        return not self.ended(now)
+
+    @cached_property
+    def last_word(self) -> LastWord | None:
+        """Its termination message; None where there is none, or it is of another attempt or no JSON of ours."""
+        text = self.terminated.get("message") or ""
+        try:
+            word = LastWord.model_validate_json(text, extra="ignore")
+        except ValidationError:
+            return None
+        return word if word.attempt == self.attempt else None
+
+    @property
+    def _status(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.raw.get("status") or {}
+        return found
+
+    @property
+    def _container(self) -> Mapping[str, Any]:
+        found: list[Mapping[str, Any]] = self._status.get("containerStatuses") or []
+        return next((entry for entry in found if entry.get("name") == names.TRAINER_CONTAINER), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """What the trainer last said of its progress."""
+
+    report: ProgressReport | None = None
+    silent_since: datetime | None = None
+    """Since when it has not answered; None where it does."""
+    error: str = ""
+    """Why it could not be heard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """The API server's answer to the last attempt to create a pod, where it was no."""
+
+    cause: str
+    detail: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """Everything that was seen of one job, besides the job."""
+
+    trainer_image: str
+    """The operator's default image."""
+    pods: tuple[SeenPod, ...] = ()
+    profile: Object | None = None
+    """The profile of that name, as it is now."""
+    profile_names: tuple[str, ...] = ()
+    """Names of all profiles, for `did you mean`."""
+    pod_events: tuple[Object, ...] = ()
+    """Events about pods that wait."""
+    heard: Heard = field(default_factory=Heard)
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One question: what is to be done, now, about this job that looks like this."""
+
+    job: Job
+    seen: Observed
+    now: datetime
+    status_seconds: float = 15
+    """Least seconds between two writes that only report progress."""
+
+    @property
+    def status(self) -> JobStatus:
+        """The status as it is."""
+        return self.job.status
+
+    @property
+    def spec(self) -> JobSpec:
+        """The spec; only for policies behind the one that refuses invalid jobs."""
+        if self.job.spec is None:
+            raise ValueError(f"job {self.job.name} is invalid and got past the validation policy")
+        return self.job.spec
+
+    @cached_property
+    def snapshot(self) -> ProfileSpec | None:
+        """The profile as it was at the first attempt."""
+        if self.status.profile is None:
+            return None
+        return ProfileSpec.model_validate(self.status.profile, extra="ignore")
+
+    def pods_of(self, attempt: int) -> tuple[SeenPod, ...]:
+        """Return the pods of one attempt."""
+        return tuple(pod for pod in self.seen.pods if pod.attempt == attempt)
+
+    @property
+    def live_pods(self) -> tuple[SeenPod, ...]:
+        """Pods that may still run."""
+        return tuple(pod for pod in self.seen.pods if pod.live(self.now))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is to be done, in this order: write the status, delete pods, create pods."""
+
+    rule: str
+    """Name of the policy that decided."""
+    status: JobStatus | None = None
+    """The whole new status; None leaves it as it is."""
+    delete: tuple[SeenPod, ...] = ()
+    create: tuple[Object, ...] = ()
+    again_seconds: float | None = None
+    """Look again after so many seconds, even if nothing happens; None waits for the next event."""
+    poll: SeenPod | None = None
+    """The pod to ask for progress."""
