@@ -174,7 +174,7 @@ class ControlPlane:
         kubeconfig = write_kubeconfig(
             folder / "admin.conf", server=self.url, authority=authority.root.certificate, pair=admin
         )
-        self._kube = Kube(kubectl=programs["kubectl"], kubeconfig=kubeconfig)
+        self._kube = Kube(kubectl=programs["kubectl"], kubeconfig=kubeconfig, cache=folder / "kubectl")
         context = ssl.create_default_context(cafile=str(authority.root.certificate))
         context.load_cert_chain(admin.certificate, admin.key)
         wait_ready("127.0.0.1", port=port, context=context, check=self._check)

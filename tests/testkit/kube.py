@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from testkit.kubeapi import ApiError, KubeApi, Object
 from testkit.waiting import wait_until
@@ -24,14 +25,16 @@ class KubectlError(RuntimeError):
 class Kube:
     """One API server, seen with the rights of one kubeconfig."""
 
-    def __init__(self, *, kubectl: Path, kubeconfig: Path) -> None:
+    def __init__(self, *, kubectl: Path, kubeconfig: Path, cache: Path | None = None) -> None:
+        """`cache` is where kubectl remembers what the server serves; by default where it does for its user."""
         self.kubeconfig = kubeconfig
+        self._options = [f"--kubeconfig={kubeconfig}", *([f"--cache-dir={cache}"] if cache else [])]
         self.kubectl_path = kubectl
         self.api = KubeApi(kubectl=kubectl, kubeconfig=kubeconfig)
 
     def kubectl(self, *args: str | Path, input: str | None = None, timeout: float = 120) -> str:  # noqa: A002
         """Run kubectl with `input` on its standard input; return its output, or raise `KubectlError` with its words."""
-        command = [str(self.kubectl_path), "--kubeconfig", str(self.kubeconfig), *map(str, args)]
+        command = [str(self.kubectl_path), *self._options, *map(str, args)]
         try:
             done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=timeout, check=False)
         except subprocess.TimeoutExpired as error:
@@ -62,9 +65,10 @@ class Kube:
         return self.api.items(kind, namespace=namespace, query=query)
 
     def logs(self, pod: str, *, namespace: str, container: str | None = None, previous: bool = False) -> str:
-        """Return a pod's log so far."""
-        options = (["--container", container] if container else []) + (["--previous"] if previous else [])
-        return self.kubectl("logs", pod, "--namespace", namespace, *options)
+        """Return a pod's log so far. Raises `ApiError` (BadRequest) while its container has not started."""
+        query = {"previous": str(previous).lower(), **({"container": container} if container else {})}
+        path = self.api.resource("pods").path(namespace=namespace, name=pod, subresource="log")
+        return str(self.api.request("GET", f"{path}?{urlencode(query)}", accept="*/*"))
 
     def events(self, *, namespace: str, about: str | None = None) -> list[str]:
         """Return events as lines `Type Reason object: message`, oldest first."""
@@ -132,12 +136,12 @@ class Kube:
         """Wait until the pod's log holds `text`; return the log."""
 
         def probe() -> str:
-            with contextlib.suppress(KubectlError):  # there is no log before the container starts
+            with contextlib.suppress(ApiError):  # there is no log before the container starts
                 log = self.logs(pod, namespace=namespace)
                 return log if text in log else ""
             return ""
 
-        return wait_until(probe, describe=f"{text!r} in the log of pod {pod}", timeout=timeout, interval=0.2)
+        return wait_until(probe, describe=f"{text!r} in the log of pod {pod}", timeout=timeout)
 
     @contextlib.contextmanager
     def namespace(

@@ -155,7 +155,9 @@ class KubeApi:
         return self._scratch / "socket"
 
     def _discover(self) -> dict[str, Resource]:
-        accept = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
+        # The beta has the same shape, and serves where the server is older.
+        wanted = "application/json;g=apidiscovery.k8s.io;v={};as=APIGroupDiscoveryList"
+        accept = f"{wanted.format('v2')},{wanted.format('v2beta1')}"
         found: dict[str, Resource] = {}
         for root in ("/api", "/apis"):
             for group in self.request("GET", root, accept=accept)["items"]:

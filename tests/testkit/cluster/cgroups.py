@@ -58,6 +58,16 @@ class Hierarchies:
                     if self.version == 1 and (folder / name).exists() and not (folder / name).read_text().strip():
                         (folder / name).write_text((parent / name).read_text())
 
+    def favour(self, group: str) -> None:
+        """Give the group ten times the share of its siblings where they compete for cores.
+
+        Heartbeats must come through while pods use every core, or nodes look lost that are only busy.
+        """
+        for folder in self.folders(group):
+            for name, share in (("cpu.shares", "10240"), ("cpu.weight", "1000")):
+                if (folder / name).exists():
+                    (folder / name).write_text(share)
+
     def processes(self, group: str) -> set[int]:
         """Return the processes of the group and of all below it."""
         found: set[int] = set()

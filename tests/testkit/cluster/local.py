@@ -67,7 +67,9 @@ class LocalCluster(ClusterHandle):
 
     def start(self) -> Self:
         """Start it and wait until every node is ready."""
-        preflight.require()
+        preflight.require(self.folder)
+        if not self._specs:
+            raise ClusterError("a cluster needs a node: give at least one NodeSpec")
         self._connect()
         with exclusive(lock_file()):
             _refuse_second(self.folder)
@@ -164,7 +166,9 @@ class LocalCluster(ClusterHandle):
         # Written before anything is made, so that whoever comes next knows that there is something to undo.
         self._record.owner = None if self._keep else ProcessId.of(os.getpid())
         record.write(self._record, self.folder)
-        self._record.holder = self._sandbox.create(pause=self._programs["pause"])
+        self._record.holder = self._sandbox.create(
+            pause=self._programs["pause"], needed=[Path(bind.source) for bind in self._binds]
+        )
         record.write(self._record, self.folder)
         control = self._control = Control(self._sandbox, programs=self._programs)
         control.start_server()
@@ -242,7 +246,9 @@ class LocalCluster(ClusterHandle):
 
     def _connect(self) -> None:
         self._programs = tools.ensure(tools.CLUSTER)
-        super().__init__(kubectl=self._programs["kubectl"], kubeconfig=self.folder / "admin.conf")
+        super().__init__(
+            kubectl=self._programs["kubectl"], kubeconfig=self.folder / "admin.conf", cache=self.folder / "kubectl"
+        )
 
     def _node(self, name: str) -> Node:
         if name not in self._nodes:

@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from testkit.cluster import spec
 from testkit.cluster.cgroups import Hierarchies
 from testkit.tools import distribution
 
 PACKAGES = ("util-linux", "iproute2", "iptables", "conntrack", "openssl")
+_SOCKET_NAME = 108  # bytes, with the zero at the end
+_CONTROLLERS = {"cpu", "cpuset", "memory", "pids"}
 INSTEAD = "Or run against another cluster with CLUSTER=current, or set DIFFUSION_OPERATOR_SKIP_CLUSTER=1 to skip."
 
 
@@ -21,9 +24,12 @@ class MachineUnfitError(RuntimeError):
     """This machine cannot run the local cluster; the message says what it lacks and what to do."""
 
 
-def require() -> None:
-    """Raise `MachineUnfitError` with everything that is lacking. Installs packages where it may."""
-    problems = lacking()
+def require(folder: Path) -> None:
+    """Raise `MachineUnfitError` with everything that is lacking for a cluster with its state in `folder`.
+
+    Installs packages where it may.
+    """
+    problems = lacking() + path_problems(folder)
     if problems:
         raise MachineUnfitError("\n".join(["no local cluster can run here:", *(f"- {p}" for p in problems), INSTEAD]))
 
@@ -61,6 +67,15 @@ def lacking() -> list[str]:
     return problems + overlaps(_routes())
 
 
+def path_problems(folder: Path) -> list[str]:
+    """Return a sentence when sockets below `folder` would have longer names than the kernel takes. Pure."""
+    longest = f"{folder}/nodes/{spec.MAX_NODES}/kubelet/device-plugins/kubelet.sock"
+    if len(longest) < _SOCKET_NAME:
+        return []
+    excess = len(longest) - _SOCKET_NAME + 1
+    return [f"its state folder {folder} is {excess} characters too long for sockets: shorten DIFFUSION_OPERATOR_CACHE"]
+
+
 def overlaps(routes: Sequence[str]) -> list[str]:
     """Return a sentence for each of the machine's networks that the cluster's addresses would hide. Pure."""
     problems = []
@@ -81,12 +96,14 @@ def group_problems(found: Hierarchies) -> list[str]:
     closed = [str(mount) for mount in found.mounts if not os.access(mount, os.W_OK)]
     if closed:
         return [f"it needs to make control groups, and cannot write to {', '.join(closed)}: remount them read-write"]
-    names = {mount.name for mount in found.mounts}
-    needed = {"cpu", "cpuset", "memory", "pids"} if found.version == 1 else set()
-    # Two controllers may share one hierarchy, under a name like cpu,cpuacct.
-    absent = sorted(name for name in needed if not any(name in mounted.split(",") for mounted in names))
+    if found.version == 1:
+        # Two controllers may share one hierarchy, under a name like cpu,cpuacct.
+        offered = {name for mount in found.mounts for name in mount.name.split(",")}
+    else:
+        offered = set((found.mounts[0] / "cgroup.controllers").read_text().split())
+    absent = sorted(_CONTROLLERS - offered)
     if absent:
-        return [f"it needs the control group controllers {', '.join(absent)}: mount them below /sys/fs/cgroup"]
+        return [f"it needs the control group controllers {', '.join(absent)}: mount or delegate them at /sys/fs/cgroup"]
     return []
 
 

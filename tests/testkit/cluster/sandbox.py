@@ -59,14 +59,18 @@ class Sandbox:
         self.hierarchies = cgroups.Hierarchies.of_machine()
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def create(self, *, pause: Path) -> ProcessId:
-        """Make groups and namespaces, held open by a process that is returned, and the link into them."""
+    def create(self, *, pause: Path, needed: Sequence[Path] = ()) -> ProcessId:
+        """Make groups and namespaces, held open by a process that is returned, and the link into them.
+
+        `needed` are paths of this machine that must be seen inside.
+        """
         settings = self.folder / "settings"
         settings.mkdir(parents=True, exist_ok=True)
         for name, value in KERNEL_SETTINGS.items():
             (settings / name.replace("/", "-")).write_text(f"{value}\n")
         (self.folder / "held").unlink(missing_ok=True)
-        private = [path for path in _PRIVATE if not self.folder.is_relative_to(path)]
+        visible = (self.folder, pause, *needed)
+        private = [path for path in _PRIVATE if not any(seen.is_relative_to(path) for seen in visible)]
         environment = {
             "STATE": str(self.folder),
             "PAUSE": str(pause),
@@ -128,6 +132,7 @@ class Sandbox:
     ) -> subprocess.Popen[bytes]:
         path = f"{cgroups.ROOT}/{group or 'control'}"
         self.hierarchies.create(path)
+        self.hierarchies.favour(path)
         folders = " ".join(map(str, self.hierarchies.folders(path)))
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self.logs / f"{name}.log").open("ab") as log:

@@ -136,10 +136,10 @@ def test_networks_that_the_cluster_would_hide_are_named():
     assert len(preflight.overlaps(["10.0.0.0/8"])) == 2
 
 
-def test_without_root_one_sentence_says_what_to_do(monkeypatch):
+def test_without_root_one_sentence_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(preflight.MachineUnfitError, match=r"(?s)needs root.*run with sudo.*CLUSTER=current"):
-        preflight.require()
+        preflight.require(tmp_path)
 
 
 def test_without_control_groups_one_sentence_says_what_to_do(tmp_path):
@@ -221,3 +221,9 @@ def test_configurations_are_well_formed(tmp_path):
     assert kubelet["nodeLeaseDurationSeconds"] / 4 * 3 < configs.GRACE_SECONDS
     network = json.loads(configs.cni(tmp_path, addressing=Addressing(index=7)))
     assert network["plugins"][0]["ipam"]["ranges"] == [[{"subnet": "10.244.7.0/24"}]]
+
+
+def test_a_state_folder_too_long_for_sockets_is_refused():
+    assert preflight.path_problems(Path("/home/someone/.cache/diffusion-operator/cluster")) == []
+    [problem] = preflight.path_problems(Path("/home", "x" * 80))
+    assert "is 27 characters too long for sockets: shorten DIFFUSION_OPERATOR_CACHE" in problem

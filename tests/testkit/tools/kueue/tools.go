@@ -1,0 +1,8 @@
+//go:build tools
+
+// Package tools pins what the test cluster is built from: go.mod and go.sum beside it are the whole truth.
+package tools
+
+import (
+	_ "sigs.k8s.io/kueue/cmd/kueue"
+)
