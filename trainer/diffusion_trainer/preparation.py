@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from diffusion_trainer.reporting import Extent
 from diffusion_trainer.state import Basis, Trained
 from diffusion_trainer.stores import Stores
 
+LOG = logging.getLogger(__name__)
+QUIET_SECONDS = 5.0
 LOCK_KEY = "dataset.lock.json"
 EXPORTERS = {
     "Diffusers": (names.EXPORT_DIFFUSERS, export.export_diffusers),
@@ -58,13 +62,14 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board) -> Read
     spec, seed = run.spec, run.spec.training.seed
     if unknown := sorted(set(spec.output.formats) - set(EXPORTERS)):
         raise BadConfig(f"output.formats has {unknown[0]}, which adapters cannot be exported to; leave it out")
+    report = narrator(board)
     share = Share(micro_batch_size(run), run.node_rank, run.world_size)
     device = open_device(run)
-    lock = open_dataset(spec, stores, work=work, report=board.say)
+    lock = open_dataset(spec, stores, work=work, report=report)
     for reason, count in lock.rejected_counts.items():
         board.warn(f"{count} images are left out: {reason}, e.g. {', '.join(lock.rejected[reason][:3])}")
-    folder = models.fetch_model(stores.model, work, report=board.say)
-    board.say("loading the model")
+    folder = models.fetch_model(stores.model, work, report=report)
+    report("loading the model")
     family = models.open_model(folder, spec, device=device.torch, dtype=device.dtype)
     cached = cache.build(
         lock,
@@ -72,7 +77,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board) -> Read
         stores.output,
         variants=data.Variants(spec.dataset.augmentation, seed=seed),
         pictures=data.Pictures(stores.dataset, work),
-        report=board.say,
+        report=report,
     )
     family.release_encoders()
     parameters = models.add_lora(family, spec.lora or LoRA(), seed=seed)
@@ -91,6 +96,20 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board) -> Read
     extent = Extent(spec.total_steps(plan.batches_per_epoch), plan.batches_per_epoch, spec.batch_size)
     objective = objective_of(spec, family, device=device)
     return Ready(device, family, cached, plan, extent, share, objective, trained, Basis(lock.sha, family.file_hashes()))
+
+
+def narrator(board: Board, *, monotonic: Callable[[], float] = time.monotonic) -> Callable[[str], None]:
+    """Return what puts a line on the board and, at most every few seconds, into the log."""
+    quiet_until = 0.0
+
+    def report(detail: str) -> None:
+        nonlocal quiet_until
+        board.say(detail)
+        if monotonic() >= quiet_until:
+            quiet_until = monotonic() + QUIET_SECONDS
+            LOG.info(detail)
+
+    return report
 
 
 def objective_of(spec: TrainerSpec, family: Family, *, device: Device) -> Objective:

@@ -80,6 +80,7 @@ def settle(environ: MutableMapping[str, str], *, work: Path, deterministic: bool
     if not home or not os.access(home, os.W_OK):
         environ["HOME"] = str(scratch)
     environ["HF_HUB_OFFLINE"] = "1"  # a model comes from where the job says, and from nowhere else
+    environ["TQDM_DISABLE"] = "1"  # a log is no terminal
     if deterministic:
         environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts; without it GEMMs are not
     tempfile.tempdir = None  # read TMPDIR again
