@@ -68,7 +68,10 @@ async def _create(manifest: Object, job: Job, *, knowledge: Knowledge, cluster: 
             knowledge.refusals[job.uid] = Refusal(
                 cause="PodNameTaken",
                 detail=f"a pod {metadata['name']} exists and is not of this job",
-                hint=f"delete it: kubectl delete pod {metadata['name']} --namespace {metadata['namespace']}",
+                hint=(
+                    "one of an earlier job of the same name goes by itself; otherwise delete it: "
+                    f"kubectl delete pod {metadata['name']} --namespace {metadata['namespace']}"
+                ),
             )
             raise RefusedError(f"pod {metadata['name']}: the name is taken by a pod that is not of this job") from None
     except RefusedError as error:

@@ -277,6 +277,27 @@ class Case:
             return None
         return ProfileSpec.model_validate(self.status.profile, extra="ignore")
 
+    @property
+    def profile(self) -> ProfileSpec:
+        """The snapshot or, before the first attempt, the profile as it is now.
+
+        Raises:
+            ValidationError: it is no profile; the policy for profiles refuses such a one.
+        """
+        if self.snapshot is not None:
+            return self.snapshot
+        return ProfileSpec.model_validate((self.seen.profile or {}).get("spec") or {}, extra="ignore")
+
+    @property
+    def processes(self) -> int:
+        """Training processes over all pods; with GPUs, one for each."""
+        return self.spec.resources.nodes * self.spec.resources.gpus_per_node
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the job asks for, over all nodes; 0 where the profile has none."""
+        return self.processes if self.profile.resource_name else 0
+
     def pods_of(self, attempt: int) -> tuple[SeenPod, ...]:
         """Return the pods of one attempt."""
         return tuple(pod for pod in self.seen.pods if pod.attempt == attempt)

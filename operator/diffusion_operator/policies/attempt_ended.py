@@ -12,7 +12,7 @@ from diffusion_operator.policies.attempt_starts import is_starting, open_next
 from diffusion_operator.policies.evidence import ending_of
 from diffusion_operator.policies.leftovers import leftovers
 from diffusion_operator.policies.run_policy import Verdict, describe_wait, judge
-from diffusion_operator.policies.validation import accepted, gpus
+from diffusion_operator.policies.validation import accepted
 from diffusion_operator.state import Case, Decision, SeenPod
 from diffusion_operator.status import count, edit_attempt, set_condition, short, take_report
 
@@ -118,13 +118,12 @@ def nodes_of(pods: tuple[SeenPod, ...]) -> tuple[str, ...]:
 
 def _account(case: Case, status: JobStatus, pods: tuple[SeenPod, ...]) -> JobStatus:
     """Return the status with the GPU time of the ended attempt: from when its nodes took it up until its end."""
-    count_of_gpus = gpus(case) if case.snapshot is None or case.snapshot.resource_name else 0
     starts = [pod.started_at for pod in pods if pod.started_at]
     ends = [str(pod.terminated["finishedAt"]) for pod in pods if pod.terminated.get("finishedAt")]
     held = 0.0
     if starts:
         end = max(map(timestamps.from_text, ends)) if ends else case.now
-        held = max(0.0, (end - min(map(timestamps.from_text, starts))).total_seconds()) * count_of_gpus
+        held = max(0.0, (end - min(map(timestamps.from_text, starts))).total_seconds()) * case.gpus
     old = status.accounting or Accounting()
     total = old.gpu_seconds + held
     accounting = old.model_copy(

@@ -9,7 +9,6 @@ from diffusion_operator.policies import attempt_starts
 from diffusion_operator.policies.attempt_ended import nodes_of, seconds_to_stuck
 from diffusion_operator.policies.leftovers import leftovers
 from diffusion_operator.policies.pending import why_waiting
-from diffusion_operator.policies.resources import profile_of
 from diffusion_operator.policies.validation import accepted
 from diffusion_operator.state import Case, Decision, Heard, SeenPod
 from diffusion_operator.status import (
@@ -25,7 +24,7 @@ from diffusion_operator.status import (
 
 LOOK_AGAIN_SECONDS = 10
 """A mount that fails changes nothing on the pod: only asking for its events tells."""
-SILENCE = timedelta(seconds=60)
+SILENCE = timedelta(seconds=120)
 """After so long without an answer the status says that progress cannot be read."""
 
 
@@ -77,7 +76,7 @@ def _waits(case: Case, status: JobStatus, waiting: tuple[SeenPod, ...]) -> Decis
     pod = waiting[0]
     phase, message = ("Preparing", f"pod {pod.name} starts on {pod.node}") if pod.node else ("Scheduling", "")
     message = message or f"pod {pod.name} waits for a node"
-    why = why_waiting(pod, case.seen.pod_events, profile_of(case))
+    why = why_waiting(pod, case.seen.pod_events, case.profile)
     reason = "Waiting"
     if why is not None:
         # `accepted` has cleared it; the old one is needed for `since`.
@@ -107,7 +106,6 @@ def _progresses(case: Case, status: JobStatus, pod: SeenPod) -> Decision:
         # Told, never acted upon: the trainer watches itself, and what it writes does not pass through here.
         value, reason, said = "Unknown", "ProgressUnreachable", f"progress cannot be read: {heard.error}"
         message = f"{message}; {said}"
-        phase = "Running"
     status = status.model_copy(update={"phase": phase, "message": short(message)})
     status = _say(case, status, "Progressing", value, reason, said)
     status = calm(status, case.status, least_seconds=case.status_seconds)
@@ -116,6 +114,8 @@ def _progresses(case: Case, status: JobStatus, pod: SeenPod) -> Decision:
 
 def _stage(heard: Heard, status: JobStatus) -> tuple[str, str]:
     report = heard.report
+    if report is None and status.progress is not None and status.attempts[0].reached_step is not None:
+        return "Running", sentence(status.progress)  # heard of before the operator was restarted
     if report is None or report.stage == "Preparing":
         detail = report.detail if report is not None else ""
         return "Preparing", detail or "the trainer prepares data and model"

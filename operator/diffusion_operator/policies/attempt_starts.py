@@ -6,7 +6,6 @@ from diffusion_api.status import MAX_ATTEMPTS, Attempt, JobStatus
 from diffusion_operator import timestamps
 from diffusion_operator.desired import pod
 from diffusion_operator.policies.leftovers import leftovers
-from diffusion_operator.policies.resources import profile_of
 from diffusion_operator.policies.run_policy import micro_batch_bound
 from diffusion_operator.policies.validation import accepted
 from diffusion_operator.state import Case, Decision, Object
@@ -44,7 +43,7 @@ def open_next(case: Case, status: JobStatus, *, rule: str) -> Decision:
             "phase": "Scheduling",
             "message": f"attempt {number} starts",
             "next_attempt_at": None,
-            "profile": profile_of(case).to_json_object(),
+            "profile": case.profile.to_json_object(),
         }
     )
     generation = case.job.generation
@@ -75,5 +74,5 @@ def pods(case: Case, status: JobStatus) -> tuple[Object, ...]:
         trainer_image=case.seen.trainer_image,
     )
     ranks = range(case.spec.resources.nodes)
-    profile = profile_of(case)
+    profile = case.profile
     return tuple(pod.build(case.job, case.spec, profile, attempt=attempt, rank=rank) for rank in ranks)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pydantic import ValidationError
 
 from diffusion_api.training_profile import ProfileSpec
-from diffusion_operator.policies.validation import gpus, refused
+from diffusion_operator.policies.validation import refused
 from diffusion_operator.state import Case, Decision
 
 
@@ -22,17 +22,6 @@ def profile_refuses(case: Case) -> Decision | None:
     return Decision(rule="profile", status=refused(case, reason=reason, problems=(problem,), hint=hint))
 
 
-def profile_of(case: Case) -> ProfileSpec:
-    """Return the snapshot or, before the first attempt, the profile as it is now.
-
-    Raises:
-        ValidationError: it is no profile; the policy above refuses such a one.
-    """
-    if case.snapshot is not None:
-        return case.snapshot
-    return ProfileSpec.model_validate((case.seen.profile or {}).get("spec") or {}, extra="ignore")
-
-
 def _refusals(case: Case) -> Iterator[tuple[str, str, str]]:
     """Yield (reason, problem, hint)."""
     wanted = case.spec.resources.profile
@@ -41,7 +30,7 @@ def _refusals(case: Case) -> Iterator[tuple[str, str, str]]:
         yield "ProfileNotFound", f"{field}: there is no such TrainingProfile{_suggestion(case)}", _LIST
         return
     try:
-        profile = profile_of(case)
+        profile = case.profile
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -55,7 +44,7 @@ def _refusals(case: Case) -> Iterator[tuple[str, str, str]]:
 
 def _too_much(case: Case, profile: ProfileSpec, field: str) -> Iterator[tuple[str, str, str]]:
     resources = case.spec.resources
-    total, limit = gpus(case), profile.limits.max_gpus
+    total, limit = case.processes, profile.limits.max_gpus
     if resources.gpus_per_node > profile.max_gpus_per_node:
         problem = f"spec.resources.gpusPerNode: {resources.gpus_per_node}: {field} has {profile.max_gpus_per_node}"
         yield "ProfileLimit", problem, "ask for fewer GPUs per node"

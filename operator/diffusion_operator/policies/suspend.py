@@ -25,7 +25,7 @@ def is_suspended(case: Case) -> Decision | None:
     running = tuple(pod for pod in pods if pod.live(case.now))
     if running:
         message = f"attempt {attempt.number} saves and stops because spec.suspend is true"
-        status = accepted(case).model_copy(update={"message": message})
+        status = accepted(case).model_copy(update={"phase": "Interrupted", "message": message})
         status = set_condition(
             status,
             "Suspended",

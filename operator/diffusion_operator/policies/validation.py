@@ -33,7 +33,7 @@ def refused(case: Case, *, reason: str, problems: tuple[str, ...], hint: str) ->
 def accepted(case: Case) -> JobStatus:
     """Return the status of a job that passed validation: the base of every later policy's answer."""
     status = case.status.model_copy(
-        update={"observed_generation": case.job.generation, "gpus": gpus(case), "pending": None, "message": ""}
+        update={"observed_generation": case.job.generation, "gpus": case.gpus, "pending": None, "message": ""}
     )
     return set_condition(
         status,
@@ -44,8 +44,3 @@ def accepted(case: Case) -> JobStatus:
         generation=case.job.generation,
         now=case.now,
     )
-
-
-def gpus(case: Case) -> int:
-    """Return the GPUs that the job asks for, over all nodes."""
-    return case.spec.resources.nodes * case.spec.resources.gpus_per_node
