@@ -1,0 +1,264 @@
+"""The cache: found again when nothing changed, never when something did, and never believed unseen."""
+
+import pickle
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffusion_api import names
+from diffusion_api.dataset import Augmentation, Dataset
+from diffusion_trainer.cache import build
+from diffusion_trainer.cache.building import _shards
+from diffusion_trainer.cache.keys import latents_key, text_key
+from diffusion_trainer.data import Pictures, Variants, freeze
+from diffusion_trainer.data.lock import LockedImage
+from diffusion_trainer.data.transforms import Variant
+from diffusion_trainer.errors import BadData, StorageUnavailable
+from diffusion_trainer.objectstore import open_store
+from testkit.tiny import make_image_folder
+
+
+class CountingFamily:
+    """Encoders that are sums, and count what they are asked for."""
+
+    def __init__(self, *, vae="vae-1", text="text-1", scale=1.0):
+        self.vae, self.words, self.scale = vae, text, scale
+        self.images, self.captions = 0, []
+
+    def vae_hash(self):
+        return self.vae
+
+    def text_hash(self):
+        return self.words
+
+    def encode_images(self, pixels):
+        self.images += len(pixels)
+        mean = torch.nn.functional.avg_pool2d(pixels, 8).sum(1, keepdim=True).expand(-1, 4, -1, -1) * self.scale
+        return mean, mean.abs() + 0.5
+
+    def encode_text(self, captions):
+        self.captions += captions
+        return torch.stack([torch.full((77, 8), float(len(caption))) for caption in captions])
+
+
+class Bench:
+    """A frozen dataset and an output destination."""
+
+    def __init__(self, tmp_path, count=6):
+        self.root = tmp_path
+        self.data = make_image_folder(tmp_path / "data", count, sizes=((64, 64), (96, 64)))
+        self.source = open_store(self.data.as_uri())
+        self.store = open_store((tmp_path / "out").as_uri())
+        self.told = []
+        self.refreeze()
+
+    def refreeze(self, **sections):
+        dataset = {"source": self.data.as_uri(), "resolution": 64, "buckets": {"step": 8}, "filters": {"minSide": 16}}
+        self.lock = freeze(
+            Dataset.model_validate(dataset | sections),
+            self.source,
+            seed=1,
+            batch_size=1,
+            work=self.root / "work-freeze",
+            report=lambda _: None,
+        )
+
+    def build(self, family, *, work="work", augmentation=None, store=None):
+        self.told.clear()
+        return build(
+            self.lock,
+            family,
+            store or self.store,
+            variants=Variants(augmentation or Augmentation(), seed=1),
+            pictures=Pictures(self.source, self.root / work),
+            report=self.told.append,
+        )
+
+    def objects(self):
+        return {info.key: self.store.get(info.key) for info in self.store.list(names.CACHE_PREFIX)}
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+def contents(bench, cache):
+    latents = [cache.latents(i, 0) for i in range(len(bench.lock.images))]
+    texts = [cache.text(image.caption) for image in bench.lock.images]
+    return torch.cat([torch.stack(pair).flatten() for pair in latents] + [text.flatten() for text in texts])
+
+
+def test_what_is_read_is_what_was_encoded_in_bf16(bench):
+    family = CountingFamily()
+    cache = bench.build(family)
+    variants = Variants(Augmentation(), seed=1)
+    pictures = Pictures(bench.source, bench.root / "work")
+    from diffusion_trainer.data.decoding import decode
+    from diffusion_trainer.data.transforms import transform
+
+    for i, image in enumerate(bench.lock.images):
+        for k, variant in enumerate(variants.of(image)):
+            pixels, _ = transform(decode(pictures.path(image)), variant, image.bucket)
+            mean, std = CountingFamily().encode_images(pixels[None])
+            read = cache.latents(i, k)
+            assert torch.equal(read[0], mean[0].to(torch.bfloat16).float())
+            assert torch.equal(read[1], std[0].to(torch.bfloat16).float())
+            assert read[0].shape == (4, image.bucket[1] // 8, image.bucket[0] // 8)
+        assert (cache.text(image.caption) == len(image.caption)).all()
+    assert (cache.text("") == 0).all()
+    assert cache.text("").shape == (77, 8)
+
+
+def test_a_second_build_encodes_nothing_and_downloads_no_image(bench):
+    first = bench.build(CountingFamily())
+    again = CountingFamily()
+    second = bench.build(again, work="another-machine")
+    assert (again.images, again.captions) == (0, [])
+    assert not (bench.root / "another-machine" / "images").exists()
+    assert torch.equal(contents(bench, first), contents(bench, second))
+    assert bench.told == ["fetching latents 1/1", "fetching text 1/1"]
+
+
+def test_fetched_and_built_are_the_same_bytes(bench, tmp_path):
+    bench.build(CountingFamily())
+    other = open_store((tmp_path / "out2").as_uri())
+    bench.build(CountingFamily(), work="work2", store=other)
+    assert {info.key: other.get(info.key) for info in other.list(names.CACHE_PREFIX)} == bench.objects()
+
+
+def test_equal_variants_are_encoded_once_and_captions_too(bench):
+    for sidecar in bench.data.glob("*.txt"):
+        sidecar.write_text("all the same")
+    bench.refreeze()
+    family = CountingFamily()
+    bench.build(family, augmentation=Augmentation(horizontal_flip=0, variants_per_image=8))
+    assert family.images == len(bench.lock.images)
+    assert Counter(family.captions) == {"": 1, "all the same": 1}
+
+
+def encoded(bench, family=None, **options):
+    family = family or CountingFamily()
+    bench.build(family, **options)
+    return family.images, len(family.captions)
+
+
+def test_what_changes_the_content_changes_the_name(bench):
+    assert encoded(bench) != (0, 0)
+    assert encoded(bench) == (0, 0)
+    assert encoded(bench, CountingFamily(vae="vae-2"))[0] > 0
+    assert encoded(bench, CountingFamily(vae="vae-2")) == (0, 0)
+    assert encoded(bench, CountingFamily(text="text-2")) == (0, 7)
+    assert encoded(bench, augmentation=Augmentation(crop="Random"))[0] > 0
+    bench.refreeze(resolution=128)
+    assert encoded(bench)[0] > 0
+    bench.refreeze()
+    assert encoded(bench) == (0, 0)
+    make_image_folder(bench.data, 1, seed=9)
+    bench.refreeze()
+    assert encoded(bench)[0] > 0
+
+
+IMAGE = LockedImage("aa", "k", 96, 64, "c", (64, 64), "train")
+VARIANT = Variant((96, 64), 16, 0, flip=False)
+
+
+@pytest.mark.parametrize(
+    ("image", "variant", "vae"),
+    [
+        (replace(IMAGE, id="ab"), VARIANT, "v"),
+        (replace(IMAGE, bucket=(64, 56)), VARIANT, "v"),
+        (IMAGE, replace(VARIANT, flip=True), "v"),
+        (IMAGE, replace(VARIANT, left=15), "v"),
+        (IMAGE, VARIANT, "w"),
+    ],
+)
+def test_each_part_counts_for_the_key_of_latents(image, variant, vae):
+    assert latents_key(image, variant, vae_hash=vae) != latents_key(IMAGE, VARIANT, vae_hash="v")
+
+
+def test_names_captions_and_splits_do_not_count_for_the_key_of_latents():
+    renamed = replace(IMAGE, key="other", caption="other", split="validation")
+    assert latents_key(renamed, VARIANT, vae_hash="v") == latents_key(IMAGE, VARIANT, vae_hash="v")
+    assert text_key("a", text_hash="t") != text_key("b", text_hash="t")
+    assert text_key("a", text_hash="t") != text_key("a", text_hash="u")
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty", "swapped header"])
+@pytest.mark.parametrize("where", ["bucket", "machine"])
+def test_a_damaged_shard_is_noticed_and_mended(bench, damage, where):
+    before = contents(bench, bench.build(CountingFamily()))
+    good = bench.objects()
+    for key, data in good.items():
+        spoiled = {
+            "flipped bit": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+            "cut": data[:-1],
+            "empty": b"",
+            "swapped header": data.replace(b"BF16", b"F16 ", 1),
+        }[damage]
+        if where == "bucket":
+            bench.store.put(key, spoiled)
+        else:
+            (bench.root / "work" / key).write_bytes(spoiled)
+    family = CountingFamily()
+    mended = bench.build(family, work="fresh" if where == "bucket" else "work")
+    assert (family.images > 0) == (where == "bucket")
+    assert torch.equal(contents(bench, mended), before)
+    assert bench.objects() == good
+
+
+def test_an_interrupted_build_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_trainer.cache.building._ENTRIES_PER_SHARD", 4)
+    bench = Bench(tmp_path, count=12)
+
+    class Interrupted(CountingFamily):
+        def encode_images(self, pixels):
+            if self.images >= 8:
+                raise StorageUnavailable("the node went away")
+            return super().encode_images(pixels)
+
+    first = Interrupted()
+    with pytest.raises(StorageUnavailable):
+        bench.build(first)
+    assert bench.objects()
+    second, whole = CountingFamily(), CountingFamily()
+    cache = bench.build(second, work="another-machine")
+    reference = bench.build(whole, work="third", store=open_store((tmp_path / "out2").as_uri()))
+    assert 0 < second.images < whole.images
+    assert torch.equal(contents(bench, cache), contents(bench, reference))
+
+
+def test_of_two_builders_the_first_wins(bench):
+    """Another GPU rounds differently. Whoever comes second must use what the first has trained with."""
+
+    class Racing(CountingFamily):
+        def encode_images(self, pixels):
+            if not self.images:
+                bench.build(CountingFamily(), work="the-other")
+            return super().encode_images(pixels)
+
+    mine = bench.build(Racing(scale=1.5))
+    theirs = bench.build(CountingFamily(), work="the-other")
+    assert torch.equal(contents(bench, mine), contents(bench, theirs))
+
+
+def test_numbers_that_are_not_finite_name_the_image(bench):
+    with pytest.raises(BadData, match=r"no finite numbers of 00\d\.\w+"):
+        bench.build(CountingFamily(scale=float("nan")))
+
+
+def test_a_cache_travels_to_another_process(bench):
+    cache = bench.build(CountingFamily())
+    before = contents(bench, cache)
+    assert torch.equal(contents(bench, pickle.loads(pickle.dumps(cache))), before)
+
+
+def test_a_changed_image_touches_few_shards():
+    entries = [f"{i * 2**22:08x}" + "0" * 56 for i in range(1000)]
+    shards = {shard.key for shard in _shards("latents", entries)}
+    changed = {shard.key for shard in _shards("latents", ["00000001" + "0" * 56, *entries[1:]])}
+    assert len(shards) == 8
+    assert len(shards & changed) == 7
+    assert sorted(entry for shard in _shards("latents", entries) for entry in shard.entries) == entries

@@ -1,0 +1,184 @@
+"""A model's files are looked at before any library opens them."""
+
+import json
+
+import pytest
+import torch
+
+from diffusion_api.job import TrainerSpec
+from diffusion_trainer.errors import BadData, InputMissing
+from diffusion_trainer.models import fetch_model, open_model
+from diffusion_trainer.models.inspection import SD1, check_files, family_of
+from diffusion_trainer.objectstore import open_store
+
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+FILES = {
+    "model_index.json": INDEX,
+    "scheduler/scheduler_config.json": {"_class_name": "PNDMScheduler"},
+    "text_encoder/config.json": {"architectures": ["CLIPTextModel"]},
+    "text_encoder/model.safetensors": None,
+    "tokenizer/tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer"},
+    "unet/config.json": {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768},
+    "unet/diffusion_pytorch_model.safetensors": None,
+    "vae/config.json": {"_class_name": "AutoencoderKL"},
+    "vae/diffusion_pytorch_model.safetensors": None,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, content in FILES.items():
+        write(tmp_path / "model" / name, content)
+    return tmp_path / "model"
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"weights" if content is None else json.dumps(content).encode())
+
+
+def spec(folder, **model):
+    return TrainerSpec.model_validate(
+        {
+            "method": "LoRA",
+            "model": {"source": folder.as_uri(), **model},
+            "dataset": {"source": folder.as_uri()},
+            "output": {"destination": folder.as_uri()},
+        }
+    )
+
+
+def opened(folder, **model):
+    return open_model(folder, spec(folder, **model), device="cpu", dtype=torch.float32)
+
+
+def test_a_clean_model_passes(folder):
+    assert family_of(folder) == "SD1"
+    assert sorted(check_files(folder, SD1)) == [name for name in FILES if name.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model_index.json", {"unet": ["evil", "UNet2DConditionModel"]}, "gives evil.UNet2DConditionModel for unet"),
+        (
+            "model_index.json",
+            {"vae": ["diffusers", "os.system"]},
+            "gives diffusers.os.system for vae; allowed is AutoencoderKL",
+        ),
+        ("model_index.json", {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "for scheduler"),
+        ("model_index.json", {"auto_map": {}}, "'auto_map'"),
+        ("unet/config.json", {"_class_name": "Evil"}, "names the class 'Evil' for unet"),
+        ("unet/config.json", {"quantization_config": {"quant_method": "gguf"}}, "'quantization_config'"),
+        ("text_encoder/config.json", {"architectures": ["EvilModel"]}, "'EvilModel'"),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Model"}}, "text_encoder/config.json has the key"),
+        ("text_encoder/config.json", {"text_config": {"deep": [{"auto_map": 1}]}}, "'auto_map'"),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "EvilTokenizer"}, "'EvilTokenizer'"),
+        ("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.T", None]}}, "'auto_map'"),
+    ],
+)
+def test_whatever_could_name_code_is_refused(folder, name, change, message):
+    write(folder / name, FILES[name] | change)
+    with pytest.raises(BadData, match=message):
+        opened(folder)
+
+
+@pytest.mark.parametrize("name", ["unet/model.py", "pipeline.py", "tokenizer/x.so", "deep/er/a.pyc"])
+def test_code_is_refused_wherever_it_lies(folder, name):
+    write(folder / name, None)
+    with pytest.raises(BadData, match=f"{name} is code"):
+        opened(folder)
+    with pytest.raises(BadData, match=f"{name} is code"):
+        fetch_model(open_store(folder.as_uri()), folder.parent / "work", report=lambda _: None)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"[1]", b"\xff"])
+def test_broken_json_is_bad_data(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(BadData, match=r"no valid JSON|no JSON object"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(InputMissing, match=name):
+        opened(folder)
+
+
+def test_pickles_do_not_stand_in_for_safetensors(folder):
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(
+        InputMissing, match=r"there is diffusion_pytorch_model\.bin.*pickles run code.*safe_serialization"
+    ):
+        opened(folder)
+
+
+@pytest.mark.parametrize("entry", [None, [None, None]])
+def test_a_missing_component_is_named(folder, entry):
+    write(folder / "model_index.json", INDEX | {"vae": entry})
+    with pytest.raises(InputMissing, match="no component vae"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "family"),
+    [("StableDiffusionXLPipeline", "SDXL"), ("StableDiffusion3Pipeline", "SD3"), ("DDPMPipeline", "UNet2D")],
+)
+def test_families_that_cannot_be_trained_are_named(folder, pipeline, family):
+    write(folder / "model_index.json", INDEX | {"_class_name": pipeline})
+    with pytest.raises(BadData, match=f"is {family}, which cannot be trained yet"):
+        opened(folder)
+
+
+def test_sd2_is_told_from_sd1_by_its_width(folder):
+    write(folder / "unet/config.json", FILES["unet/config.json"] | {"cross_attention_dim": 1024})
+    assert family_of(folder) == "SD2"
+    with pytest.raises(BadData, match="family is SD1, but .* is SD2; use Auto"):
+        opened(folder, family="SD1")
+
+
+def test_an_unknown_pipeline_is_refused(folder):
+    write(folder / "model_index.json", INDEX | {"_class_name": "EvilPipeline"})
+    with pytest.raises(BadData, match="'EvilPipeline', which is no family"):
+        opened(folder)
+
+
+def test_an_inpainting_model_is_refused(folder):
+    write(folder / "unet/config.json", FILES["unet/config.json"] | {"in_channels": 9})
+    with pytest.raises(BadData, match="in_channels 9"):
+        opened(folder)
+
+
+def test_fetching_takes_what_is_needed_and_no_more(folder, tmp_path):
+    extra = (
+        "safety_checker/pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/a.bin",
+        "cat.png",
+    )
+    for name in (*extra, "tokenizer/vocab.json", "tokenizer/merges.txt"):
+        write(folder / name, {})
+    told = []
+    copy = fetch_model(open_store(folder.as_uri()), tmp_path / "work", report=told.append)
+    got = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert got == {*FILES, "tokenizer/vocab.json", "tokenizer/merges.txt"}
+    assert len(told) == 1
+
+
+def test_fetching_what_is_no_model_is_missing_input(tmp_path):
+    (tmp_path / "m").mkdir()
+    with pytest.raises(InputMissing, match=r"no model_index\.json; give a folder in diffusers layout$"):
+        fetch_model(open_store((tmp_path / "m").as_uri()), tmp_path / "work", report=print)
+    (tmp_path / "m" / "v1-5.safetensors").write_bytes(b"")
+    with pytest.raises(InputMissing, match="single-file checkpoints are not read yet"):
+        fetch_model(open_store((tmp_path / "m").as_uri()), tmp_path / "work", report=print)
