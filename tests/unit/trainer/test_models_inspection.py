@@ -143,7 +143,7 @@ def test_families_that_cannot_be_trained_are_named(folder, pipeline, family):
 def test_sd2_is_told_from_sd1_by_its_width(folder):
     write(folder / "unet/config.json", FILES["unet/config.json"] | {"cross_attention_dim": 1024})
     assert family_of(folder) == "SD2"
-    with pytest.raises(BadData, match="family is SD1, but .* is SD2; use Auto"):
+    with pytest.raises(BadData, match=r"family is SD1, but .* is SD2; use Auto"):
         opened(folder, family="SD1")
 
 

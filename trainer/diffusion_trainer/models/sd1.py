@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_trainer.errors import BadData
@@ -130,7 +131,7 @@ def _loaded(kind: Any, folder: Path, **how: Any) -> Any:
         loaded, report = kind.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **how
         )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise BadData(f"model: {folder.name} cannot be loaded ({error}); replace it by the original files") from error
     wrong = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report.get("mismatched_keys", ()))
     if wrong:
@@ -149,7 +150,7 @@ def _text_encoder(folder: Path) -> tuple[Any, Any]:
         tokenizer = CLIPTokenizer.from_pretrained(
             str(folder / "tokenizer"), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         raise BadData(f"model: tokenizer cannot be loaded ({error}); replace it by the original files") from error
     if len(tokenizer) > encoder.config.vocab_size:
         raise BadData(
