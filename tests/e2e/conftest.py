@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from testkit.cluster import ClusterHandle, CurrentCluster, LocalCluster, leaks
+from testkit.cluster import ClusterHandle, LocalCluster, leaks, open_current
 
 SKIP = "DIFFUSION_OPERATOR_SKIP_CLUSTER"
 
@@ -40,7 +40,7 @@ def shared_cluster() -> Iterator[ClusterHandle]:
     if os.environ.get(SKIP):
         pytest.skip(f"{SKIP} is set")
     if os.environ.get("CLUSTER") == "current":
-        current = CurrentCluster()
+        current = open_current()
         yield current
         current.close()
         return

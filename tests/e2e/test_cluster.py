@@ -267,12 +267,13 @@ def test_nodes_come_and_go_while_it_runs(cluster: ClusterHandle, namespace: str,
 
 
 def test_a_second_cluster_is_refused(cluster: ClusterHandle):
-    assert cluster.local
-    with pytest.raises(ClusterError, match=rf"up already, started by process {os.getpid()} .* one per machine"):
+    assert cluster.specs  # only a local one has them
+    with pytest.raises(ClusterError, match=r"up already, started by .*there can be one per machine"):
         LocalCluster().start()
 
 
 def test_another_process_can_attach(cluster: ClusterHandle):
+    assert cluster.specs
     program = "from testkit.cluster import LocalCluster; print(*LocalCluster.attach().nodes)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=_paths())
     assert done.stdout.split() == list(cluster.nodes)

@@ -5,7 +5,7 @@ down, `handle` is what tests hold. Belongs here: whatever starts, breaks, mends 
 anything about what the tests run on it.
 """
 
-from testkit.cluster.current import CurrentCluster
+from testkit.cluster.current import CurrentCluster, open_current
 from testkit.cluster.handle import ClusterHandle, UnavailableError
 from testkit.cluster.images import CODE, Bind
 from testkit.cluster.local import ClusterError, LocalCluster, take_down
@@ -23,5 +23,6 @@ __all__ = [
     "NodeSpec",
     "UnavailableError",
     "default_nodes",
+    "open_current",
     "take_down",
 ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ssl
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from testkit.cluster import configs
+from testkit.cluster.record import ProcessId
 from testkit.cluster.sandbox import Sandbox
 from testkit.cluster.spec import API_PORT, CONTROL_ADDRESS
 from testkit.controlplane import ADMIN, apiserver_command, etcd_command, wait_ready
@@ -32,7 +32,7 @@ class Control:
         self.authority = Authority(sandbox.folder / "pki")
         self._sandbox = sandbox
         self._programs = programs
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, ProcessId] = {}
 
     @property
     def kubeconfig(self) -> Path:
@@ -116,10 +116,10 @@ class Control:
     def check(self) -> None:
         """Raise `ControlPlaneError` when one of its programs has ended."""
         for name, process in self._processes.items():
-            if process.poll() is not None:
+            if not process.alive:
                 log = self._sandbox.logs / f"{name}.log"
                 end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                raise ControlPlaneError(f"{name} ended with code {process.returncode}; the end of {log}:\n{end}")
+                raise ControlPlaneError(f"{name} ended; the end of {log}:\n{end}")
 
     def _spawn(self, command: list[str]) -> None:
         name = Path(command[0]).name

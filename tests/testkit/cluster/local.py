@@ -187,7 +187,6 @@ class LocalCluster(ClusterHandle):
     def _end(self) -> None:
         if hasattr(self, "api"):
             self.close()
-        self._sandbox.destroy()  # ours, so that our own children are reaped
         _clean(self.folder)
         self._nodes.clear()
         self._control = None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from testkit.cluster import cgroups, configs, images
+from testkit.cluster.record import ProcessId
 from testkit.cluster.sandbox import Sandbox
 from testkit.cluster.spec import Addressing, NodeSpec
 from testkit.kube import Kube, Object, condition
@@ -31,7 +32,7 @@ class Node:
         self.lost = False
         self._sandbox = sandbox
         self._programs = programs
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, ProcessId] = {}
 
     @property
     def name(self) -> str:
@@ -160,8 +161,8 @@ class Node:
 
     def _check(self, program: str) -> None:
         process = self._processes.get(program)
-        if process is not None and process.poll() is not None:
-            raise NodeError(f"{program} of node {self.name} ended with {process.returncode}\n{self._log(program)}")
+        if process is not None and not process.alive:
+            raise NodeError(f"{program} of node {self.name} ended; the end of its log:\n{self._log(program)}")
 
     def _log(self, program: str) -> str:
         path = self._sandbox.logs / f"{program}-{self.name}.log"

@@ -29,7 +29,13 @@ KERNEL_SETTINGS = {
 }
 # The variable that every process of the cluster has in its environment.
 MARK = "DIFFUSION_OPERATOR_TESTKIT_GROUPS"
-_ENTER_GROUP = f'for g in ${MARK}; do echo $$ > "$g/cgroup.procs" || exit 97; done; exec "$@"'
+# In its group before it is anything else, so that no moment exists in which it could be lost; and in the background of
+# a shell that ends, so that it is nobody's child and outlives whoever started it.
+_LAUNCH = f"""
+for g in ${MARK}; do echo $$ > "$g/cgroup.procs" || exit 97; done
+"$@" >> "$LOG" 2>&1 < /dev/null &
+echo $!
+"""
 # `pause` at the end holds the namespaces open until it is killed.
 _HOLD = """
 set -e
@@ -57,7 +63,6 @@ class Sandbox:
         self.logs = folder / "logs"
         self.holder = holder
         self.hierarchies = cgroups.Hierarchies.of_machine()
-        self._children: list[subprocess.Popen[bytes]] = []
 
     def create(self, *, pause: Path, needed: Sequence[Path] = ()) -> ProcessId:
         """Make groups and namespaces, held open by a process that is returned, and the link into them.
@@ -78,23 +83,20 @@ class Sandbox:
             "SETTINGS": " ".join(KERNEL_SETTINGS),
         }
         command = ["unshare", "--net", "--mount", "--", "/bin/sh", "-c", _HOLD]
-        process = self._start("holder", command, group="", environment=environment)
+        self.holder = holder = self._start("holder", command, group="", environment=environment)
 
         def held() -> bool:
-            if process.poll() is not None:
+            if not holder.alive:
                 raise SandboxError(f"no namespaces for the cluster: {(self.logs / 'holder.log').read_text().strip()}")
             return (self.folder / "held").exists()
 
         wait_until(held, describe="the cluster's namespaces")
-        self.holder = ProcessId.of(process.pid)
-        if self.holder is None:
-            raise SandboxError("the process that holds the cluster's namespaces ended at once: see logs/holder.log")
-        self._link(self.holder.pid)
-        return self.holder
+        self._link(holder.pid)
+        return holder
 
     def spawn(
         self, name: str, command: Sequence[str], *, group: str, environment: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[bytes]:
+    ) -> ProcessId:
         """Start a program inside, in the group of this name, with its output appended to logs/NAME.log."""
         return self._start(name, [*self._enter(), *command], group=group, environment=environment)
 
@@ -105,11 +107,6 @@ class Sandbox:
     def kill(self, group: str = "") -> None:
         """End every process of a group, or of the whole cluster, at once."""
         self.hierarchies.kill(f"{cgroups.ROOT}/{group}")
-        # Those that this process started are its to reap.
-        for child in list(self._children):
-            if ProcessId.of(child.pid) is None:
-                child.wait()
-                self._children.remove(child)
 
     def destroy(self) -> None:
         """End all of it and remove what is outside. Harmless where nothing is left."""
@@ -129,24 +126,26 @@ class Sandbox:
 
     def _start(
         self, name: str, command: Sequence[str], *, group: str, environment: Mapping[str, str] | None
-    ) -> subprocess.Popen[bytes]:
+    ) -> ProcessId:
         path = f"{cgroups.ROOT}/{group or 'control'}"
         self.hierarchies.create(path)
         self.hierarchies.favour(path)
         folders = " ".join(map(str, self.hierarchies.folders(path)))
         self.logs.mkdir(parents=True, exist_ok=True)
-        with (self.logs / f"{name}.log").open("ab") as log:
-            child = subprocess.Popen(
-                # In its group before it is anything else, so that no moment exists in which it could be lost.
-                ["/bin/sh", "-c", _ENTER_GROUP, name, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **(environment or {}), MARK: folders},
-            )
-        self._children.append(child)
-        return child
+        done = subprocess.run(
+            ["/bin/sh", "-c", _LAUNCH, name, *command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **(environment or {}), MARK: folders, "LOG": str(self.logs / f"{name}.log")},
+            check=False,
+        )
+        if done.returncode != 0:
+            raise SandboxError(f"{name} could not be started in control group {path}: {done.stderr.strip()}")
+        pid = int(done.stdout)
+        # One that has ended already is remembered as one that is not alive.
+        return ProcessId.of(pid) or ProcessId(pid=pid, started=-1)
 
     def _link(self, pid: int) -> None:
         peer = ["peer", "name", "uplink", "netns", str(pid)]

@@ -226,4 +226,4 @@ def test_configurations_are_well_formed(tmp_path):
 def test_a_state_folder_too_long_for_sockets_is_refused():
     assert preflight.path_problems(Path("/home/someone/.cache/diffusion-operator/cluster")) == []
     [problem] = preflight.path_problems(Path("/home", "x" * 80))
-    assert "is 27 characters too long for sockets: shorten DIFFUSION_OPERATOR_CACHE" in problem
+    assert "is 25 characters too long for sockets: shorten DIFFUSION_OPERATOR_CACHE" in problem
