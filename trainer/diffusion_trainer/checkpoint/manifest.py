@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -10,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffusion_trainer.errors import CheckpointCorrupt, CheckpointUnsupported
+from diffusion_trainer.errors import CheckpointUnsupported
 
 VERSION = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\.(safetensors|json)")  # what is downloaded gets this name on our disk
@@ -43,20 +44,20 @@ class Manifest:
 
 
 def decode_manifest(data: bytes, *, where: str) -> Manifest:
-    """Return the manifest in the bytes of MANIFEST.json.
+    """Return the manifest in the bytes of MANIFEST.json, whose hash was verified before.
 
-    Raises:
-        CheckpointCorrupt: the bytes are not a manifest.
-        CheckpointUnsupported: a newer release wrote it.
-
+    Raises `CheckpointUnsupported`: as its hash is right it is not damaged, so that falling back would be wrong.
     """
     try:
         raw: dict[str, Any] = json.loads(data)
         version = raw.pop("version")
         if version == VERSION:
-            return Manifest(**raw, files=tuple(_file(**file) for file in raw.pop("files")))
+            files = tuple(_file(**file) for file in raw.pop("files"))
+            return Manifest(**raw, files=files)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointCorrupt(f"read {where}: it is not a manifest ({error}); use another checkpoint") from error
+        raise CheckpointUnsupported(
+            f"read {where}: this release cannot read it ({error}); use the trainer image that wrote it"
+        ) from error
     raise CheckpointUnsupported(
         f"read {where}: version {version!r} was written by another release (this one knows {VERSION}); "
         "use the trainer image that wrote it, or a newer one"
@@ -78,6 +79,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of what determines the bits of a checkpoint."""
     found = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import multiprocessing
 import multiprocessing.util
 import signal
@@ -160,7 +161,7 @@ class Publisher:
 
     def _wait(self, seconds: float | None) -> bool:
         """Handle reports until nothing is in flight or the time is over; what has arrived is always handled."""
-        deadline = None if seconds is None else self._monotonic() + seconds
+        deadline = None if seconds is None or math.isinf(seconds) else self._monotonic() + seconds
         while True:
             left = None if deadline is None else max(0.0, deadline - self._monotonic())
             try:
