@@ -88,7 +88,8 @@ def build(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attempt, ra
             "labels": overrides.labels | labels(job, attempt=attempt.number, rank=rank),
             "annotations": overrides.annotations
             | {
-                names.ANNOTATION_RUN: run.model_dump_json(by_alias=True, exclude_none=True),
+                # With its nulls: `snrGamma: null` is something else than no snrGamma.
+                names.ANNOTATION_RUN: run.model_dump_json(by_alias=True),
                 names.ANNOTATION_DEFAULT_CONTAINER: names.TRAINER_CONTAINER,
             },
             "ownerReferences": [owner(job)],
