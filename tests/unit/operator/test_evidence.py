@@ -69,29 +69,38 @@ def test_a_message_that_is_not_this_attempts_last_word_is_no_evidence(text: str)
     assert cause(pod(**terminated(1, message=text))) == Cause.CRASH
 
 
+POD_DISK = "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi."
+VOLUME_DISK = 'Usage of EmptyDir volume "work" exceeds the limit "1Gi".'
+CONTAINER_DISK = "Container trainer exceeded its local ephemeral storage limit"
+SHUTDOWN = "Pod was terminated in response to imminent node shutdown."
+
+
+def reason(word: str, message: str = "") -> dict[str, Any]:
+    return {"reason": word, "message": message}
+
+
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
-        ({"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi."}, Cause.EPHEMERAL_STORAGE),
-        ({"reason": "Evicted", "message": 'Usage of EmptyDir volume "work" exceeds the limit "1Gi".'}, Cause.EPHEMERAL_STORAGE),
-        ({"reason": "Evicted", "message": "Container trainer exceeded its local ephemeral storage limit"}, Cause.EPHEMERAL_STORAGE),
-        ({"reason": "Evicted", "message": "The node was low on resource: memory."}, Cause.PREEMPTED),
-        ({"reason": "Preempting", "message": "Preempted in order to admit critical pod"}, Cause.PREEMPTED),
-        ({"reason": "Terminated", "message": "Pod was terminated in response to imminent node shutdown."}, Cause.PREEMPTED),
-        ({"reason": "NodeShutdown"}, Cause.PREEMPTED),
-        ({"reason": "NodeLost"}, Cause.NODE_LOST),
-        ({"reason": "UnexpectedAdmissionError", "message": "Allocate failed"}, Cause.ADMISSION_REJECTED),
-        ({"reason": "OutOfnvidia.com/gpu"}, Cause.ADMISSION_REJECTED),
+        (reason("Evicted", POD_DISK), Cause.EPHEMERAL_STORAGE),
+        (reason("Evicted", VOLUME_DISK), Cause.EPHEMERAL_STORAGE),
+        (reason("Evicted", CONTAINER_DISK), Cause.EPHEMERAL_STORAGE),
+        (reason("Evicted", "The node was low on resource: memory."), Cause.PREEMPTED),
+        (reason("Preempting", "Preempted in order to admit critical pod"), Cause.PREEMPTED),
+        (reason("Terminated", SHUTDOWN), Cause.PREEMPTED),
+        (reason("NodeShutdown"), Cause.PREEMPTED),
+        (reason("NodeLost"), Cause.NODE_LOST),
+        (reason("UnexpectedAdmissionError", "Allocate failed"), Cause.ADMISSION_REJECTED),
+        (reason("OutOfnvidia.com/gpu"), Cause.ADMISSION_REJECTED),
         (disrupted("TerminationByKubelet"), Cause.PREEMPTED),
     ],
-)  # fmt: skip
+)
 def test_the_pods_own_reason(status: dict[str, Any], expected: Cause) -> None:
     assert cause(pod(**status)) == expected
 
 
 def test_the_disk_limit_outranks_the_kubelets_disruption_condition() -> None:
-    evicted = {"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit"}
-    assert cause(pod(**evicted, **disrupted("TerminationByKubelet"))) == Cause.EPHEMERAL_STORAGE
+    assert cause(pod(**reason("Evicted", POD_DISK), **disrupted("TerminationByKubelet"))) == Cause.EPHEMERAL_STORAGE
 
 
 @pytest.mark.parametrize(

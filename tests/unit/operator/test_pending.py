@@ -34,10 +34,10 @@ def mount_event(message: str, *, seconds: float = 0, pod: str = "0d9c3a52-pod-1-
 @pytest.mark.parametrize(
     ("pod", "cause"),
     [
-        (unscheduled("0/3 nodes are available: 1 Insufficient nvidia.com/gpu, 2 node(s) had untolerated taint(s)."), "InsufficientGPU"),
-        (unscheduled("0/3 nodes are available: 3 Insufficient memory."), "InsufficientResources"),
-        (unscheduled("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector."), "TaintOrSelectorMismatch"),
-        (unscheduled("0/1 nodes are available: 1 node(s) had untolerated taint {nvidia.com/gpu: present}."), "TaintOrSelectorMismatch"),
+        (unscheduled("0/3: 1 Insufficient nvidia.com/gpu, 2 node(s) had untolerated taint(s)."), "InsufficientGPU"),
+        (unscheduled("0/3: 3 Insufficient memory."), "InsufficientResources"),
+        (unscheduled("0/2: 2 node(s) didn't match Pod's node affinity/selector."), "TaintOrSelectorMismatch"),
+        (unscheduled("0/1: 1 node(s) had untolerated taint {nvidia.com/gpu: x}."), "TaintOrSelectorMismatch"),
         (unscheduled("no nodes available to schedule pods"), "Unschedulable"),
         (unscheduled("", reason="SchedulingGated"), "SchedulingGated"),
         (waiting("ImagePullBackOff", 'Back-off pulling image "x"'), "ImagePullFailed"),
@@ -45,7 +45,7 @@ def mount_event(message: str, *, seconds: float = 0, pod: str = "0d9c3a52-pod-1-
         (waiting("InvalidImageName"), "ImagePullFailed"),
         (waiting("CreateContainerConfigError", 'secret "x" not found'), "ContainerConfigError"),
     ],
-)  # fmt: skip
+)
 def test_causes(pod: SeenPod, cause: str) -> None:
     why = why_waiting(pod, (), PROFILE)
     assert why is not None

@@ -63,6 +63,13 @@ def test_the_run_config_survives_the_annotation() -> None:
     assert run.spec.model.source == "s3://models/sd-v1-5/"
 
 
+def test_null_is_not_replaced_by_a_default_on_the_way() -> None:
+    job = make_job()
+    job["spec"]["training"] = {"objective": {"snrGamma": None}, "optimizer": {"maxGradNorm": None}}
+    run = RunConfig.model_validate_json(build(job)["metadata"]["annotations"][names.ANNOTATION_RUN])
+    assert (run.spec.training.objective.snr_gamma, run.spec.training.optimizer.max_grad_norm) == (None, None)
+
+
 def test_users_cannot_override_what_the_operator_relies_on() -> None:
     manifest = build(make_job(**FULL))
     assert manifest["metadata"]["labels"][names.LABEL_JOB_UID] == make_job()["metadata"]["uid"]
