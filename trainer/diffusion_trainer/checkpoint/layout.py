@@ -93,7 +93,6 @@ class MappedFile:
                 "give the staging folder's volume room for one checkpoint"
             ) from error
         self._bytes = torch.from_file(str(path), shared=True, size=layout.size_bytes, dtype=torch.uint8)
-        self._pinned = _pin(self._bytes)
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy the tensors into the file. CUDA copies may still run afterwards: synchronize before handing over."""
@@ -105,11 +104,6 @@ class MappedFile:
 
     def remove(self) -> None:
         """Delete the file; whoever has it open or mapped keeps what is in it."""
-        if self._pinned:
-            import torch
-
-            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
-            self._pinned = False
         self.path.unlink(missing_ok=True)
 
 
@@ -127,15 +121,3 @@ def _dtype_of(group: str, name: str, tensor: torch.Tensor) -> str:
     if dtype is None:
         raise TypeError(f"{what} has dtype {tensor.dtype}; a checkpoint holds {', '.join(_DTYPES)}")
     return dtype
-
-
-def _pin(data: torch.Tensor) -> bool:
-    """Page-lock the mapping where CUDA can: copies from the GPU are several times faster then.
-
-    Works for staging folders in memory (tmpfs); the kernel refuses it for files on most disks, and copies are slower.
-    """
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return False
-    return int(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.numel(), 0)) == 0

@@ -95,7 +95,7 @@ class FileStore:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:  # noqa: D102
         check_prefix(prefix, where=self.uri)
         folder, _, start = prefix.rpartition("/")
-        return self._walk(folder, start, frozenset())
+        return self._walk(folder, start, _identities_above(self._root / folder))
 
     def delete(self, key: str) -> None:  # noqa: D102
         path = self._path(key)
@@ -242,6 +242,12 @@ def _is_still(descriptor: int, path: Path) -> bool:
         return os.fstat(descriptor).st_ino == path.stat().st_ino
     except FileNotFoundError:
         return False
+
+
+def _identities_above(folder: Path) -> frozenset[tuple[int, int]]:
+    """Return what links must not lead back to."""
+    found = [parent.stat() for parent in folder.resolve().parents if parent.is_dir()]
+    return frozenset((stat.st_dev, stat.st_ino) for stat in found)
 
 
 def _visible(name: str, start: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from diffusion_trainer.errors import InvalidUri, UnsupportedScheme
 from diffusion_trainer.objectstore.base import ObjectStore
@@ -55,10 +55,10 @@ def open_store(
 
 
 def join_uri(root: str, *segments: str) -> str:
-    """Return the URI of the folder below `root`, ending in "/"."""
-    return (
-        "/".join([root.rstrip("/") if not root.endswith("///") else root[:-1], *(s.strip("/") for s in segments)]) + "/"
-    )
+    """Return the URI of the folder below `root`, ending in "/". The segments are plain text: file URIs quote them."""
+    plain = [segment.strip("/") for segment in segments]
+    quoted = [quote(segment) for segment in plain] if root.lower().startswith("file:") else plain
+    return "/".join([root.removesuffix("/"), *quoted]) + "/"
 
 
 def split_uri(uri: str) -> tuple[str, str]:
