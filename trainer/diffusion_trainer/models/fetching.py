@@ -26,7 +26,8 @@ def fetch_model(source: ObjectStore, work: Path, *, report: Callable[[str], None
     """
     found = {info.key: info.size for info in source.list()}
     if INDEX not in found:
-        single = any(key.endswith((".safetensors", ".ckpt")) and "/" not in key for key in found)
+        files = [source.uri.rstrip("/"), *(key for key in found if "/" not in key)]
+        single = any(file.endswith((".safetensors", ".ckpt")) for file in files)
         raise InputMissing(
             f"model.source {source.uri} has no {INDEX}; give a folder in diffusers layout"
             + (", single-file checkpoints are not read yet" if single else "")
