@@ -62,9 +62,9 @@ def _deployment() -> dict[str, Any]:
 
 def stock(s3: S3Server, work: Path) -> None:
     """Put a tiny Stable Diffusion model and a small captioned image set into the buckets."""
-    tiny.make_tiny_sd1(work / "model")
+    tiny.make_tiny_sd1(work / "model", unet=tiny.LARGE_PICTURES)
     upload(s3.credentials, work / "model", "models", "sd-v1-5/")
-    tiny.make_image_folder(work / "cats", 12)
+    tiny.make_image_folder(work / "cats", 12, sizes=((512, 512), (640, 448), (448, 640)))
     upload(s3.credentials, work / "cats", "team-a", "cats/")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +44,19 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-def make_tiny_sd1(folder: Path, *, seed: int = 0) -> Path:
-    """Write a Stable Diffusion 1 in diffusers layout, the same bytes for the same seed, and return the folder."""
+LARGE_PICTURES: dict[str, Any] = {
+    "block_out_channels": (8, 8, 16, 32),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
+"""Changes to UNET that keep pictures of 512 pixels quick on a CPU: attention from 16 x 16 latents on."""
+
+
+def make_tiny_sd1(folder: Path, *, seed: int = 0, unet: Mapping[str, Any] | None = None) -> Path:
+    """Write a Stable Diffusion 1 in diffusers layout, the same bytes for the same arguments, and return the folder.
+
+    `unet` changes the denoiser's configuration.
+    """
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -65,7 +76,7 @@ def make_tiny_sd1(folder: Path, *, seed: int = 0) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        UNet2DConditionModel(**UNET).save_pretrained(folder / "unet", safe_serialization=True)
+        UNet2DConditionModel(**UNET | dict(unet or {})).save_pretrained(folder / "unet", safe_serialization=True)
         AutoencoderKL(**VAE).save_pretrained(folder / "vae", safe_serialization=True)
         CLIPTextModel(text).save_pretrained(folder / "text_encoder", safe_serialization=True)
     PNDMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
