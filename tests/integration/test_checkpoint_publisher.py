@@ -73,6 +73,9 @@ def test_saves_are_acknowledged_measured_and_found_again(opener: Opener, staging
         assert publisher.flush(deadline_seconds=float("inf"))
         assert publisher.committed == 2
     assert list(staging.glob("snapshot-*")) == []
+    assert publisher.close()  # again
+    with pytest.raises(UploaderDied, match="was closed"):
+        publisher.try_save(snapshot(3))
     found = resumed(opener)
     assert found is not None
     assert (found.step, found.scalars, found.tensors["model"]["w"].tolist()) == (2, {"step": 2}, [2.0] * 1000)
@@ -119,6 +122,7 @@ def test_an_uploader_killed_in_the_middle_loses_nothing_acknowledged(
         publisher.try_save(snapshot(3))
     with pytest.raises(UploaderDied):
         publisher.close()
+    assert publisher.close()
     assert publisher.committed == 1
     assert list(staging.glob("snapshot-*")) == []
     found = resumed(opener)
@@ -170,6 +174,20 @@ def test_failures_of_the_store_reach_the_trainer_and_saving_can_go_on(opener: Op
                     publisher.save(snapshot(2), wait=True)
         finally:
             del os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+
+
+def test_an_upload_that_is_not_done_at_the_deadline_is_broken_off(
+    opener: Opener, staging: Path, fifos: dict[str, Path]
+) -> None:
+    target = target_of(opener)
+    held = Target(partial(open_held, opener, at="put_file", **fifos), target.lease, "spec")
+    publisher = Publisher(held, staging=staging)
+    publisher.save(snapshot(1))
+    fifos["reached"].read_text()
+    assert not publisher.close(deadline_seconds=0)
+    assert publisher._process.exitcode == -signal.SIGKILL
+    assert list(staging.glob("snapshot-*")) == []
+    assert resumed(opener) is None
 
 
 def test_a_failure_in_training_is_not_hidden_by_one_of_the_upload(opener: Opener, staging: Path) -> None:

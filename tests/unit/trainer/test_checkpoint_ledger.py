@@ -255,6 +255,33 @@ def test_orphans_go_only_when_they_are_old_and_of_an_older_attempt(objects: Obje
     assert "dataset.lock.json" in objects.content
 
 
+def test_a_zombie_whose_upload_was_swept_is_fenced(objects: Objects) -> None:
+    """Found by the model check: it ended with NotFound, the exit code for a missing input of the user."""
+    successor = ledger_of(objects, 3)
+
+    def sleep_for_two_days(operation: str, key: str, when: When) -> None:
+        if (operation, when) == ("put_file", "after") and "state.json" in key:
+            objects.now += 48 * 3600
+            successor.acquire()
+            successor.publish(snapshot(35))
+
+    zombie = Ledger(TappedStore(MemoryStore(objects), sleep_for_two_days), attempt=2, run_spec_sha="spec")
+    zombie.acquire()
+    with pytest.raises(Fenced, match="attempt 3"):
+        zombie.publish(snapshot(40))
+
+
+def test_an_upload_that_somebody_deletes_is_reported(objects: Objects) -> None:
+    def delete(operation: str, key: str, when: When) -> None:
+        if (operation, when) == ("put_file", "after"):
+            del objects.content[key]
+
+    ledger = Ledger(TappedStore(MemoryStore(objects), delete), attempt=2, run_spec_sha="spec")
+    ledger.acquire()
+    with pytest.raises(StorageUnavailable, match="what else deletes below"):
+        ledger.publish(snapshot(40))
+
+
 def test_garbage_that_cannot_be_deleted_is_a_warning(objects: Objects) -> None:
     def refuse(operation: str, key: str, _: When) -> None:
         if operation == "delete":

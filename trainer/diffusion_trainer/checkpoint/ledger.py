@@ -177,7 +177,7 @@ class Ledger:
         if newest is not None and newest.step == step:
             entry = newest
         else:
-            entry = self._uploaded(step, files, parent=newest.key if newest else None)
+            entry = self._uploaded_or_fenced(step, files, parent=newest.key if newest else None)
         pinned = Best(step, entry.key, *best) if best else None
         after = self._update(lambda head: head.committed(entry, keep_last=self._retention.keep_last, best=pinned))
         try:
@@ -186,6 +186,18 @@ class Ledger:
         except StorageError as error:
             self._warn(f"old checkpoints could not be deleted, they take up room until the next commit: {error}")
         return entry
+
+    def _uploaded_or_fenced(self, step: int, files: Mapping[str, Path], *, parent: str | None) -> Entry:
+        try:
+            return self._uploaded(step, files, parent=parent)
+        except NotFound as error:
+            # A process that hung for a day comes back to find its upload swept as an orphan by its successor.
+            self._held = None
+            self._current()
+            raise StorageUnavailable(
+                f"publish step {step} at {self._store.uri}: what was uploaded is gone ({error}); find out what else "
+                "deletes below this prefix"
+            ) from error
 
     def _uploaded(self, step: int, files: Mapping[str, Path], *, parent: str | None) -> Entry:
         """Upload everything of a checkpoint and verify that it is there, the manifest last."""

@@ -23,7 +23,9 @@ from diffusion_trainer.checkpoint.staging import Staging, claimed
 from diffusion_trainer.checkpoint.uploader import serve
 from diffusion_trainer.errors import TrainerError, UploaderDied
 
-_CRASH_SECONDS = 10.0  # how long a trainer that ends with an error lets an upload in flight go on
+# How long a trainer that ends with an error lets an upload in flight go on: enough for adapters, and little enough for
+# the shortest grace period (15 s on GKE Spot, of which the trainer may have spent 60 % before it ends with an error).
+_CRASH_SECONDS = 3.0
 _END_SECONDS = 5.0  # an idle uploader ends at once
 
 
@@ -129,7 +131,10 @@ class Publisher:
         """Finish the save in flight, end the uploader, remove the staging folder; return whether all was acknowledged.
 
         An upload that is not finished at the deadline is broken off. Raises what `flush` raises, after cleaning up.
+        Closing again does nothing.
         """
+        if self._connection.closed:
+            return self._in_flight is None
         try:
             return self._wait(deadline_seconds)
         finally:
