@@ -20,9 +20,11 @@ from diffusion_trainer.data.transforms import Variant, Variants, transform
 from diffusion_trainer.errors import BadData
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.objectstore import ObjectStore
+from diffusion_trainer.objectstore.parallel import in_parallel
 
 _ENTRIES_PER_SHARD = 128  # of 512 px: 8 MiB of latents, 15 MiB of text; seconds of a GPU's work
-_IMAGES_AT_A_TIME = 4
+_PIXELS_AT_A_TIME = 8 * 512 * 512  # 5 GB of activations in fp32
+_PARALLEL = 8
 _CAPTIONS_AT_A_TIME = 32
 
 T = TypeVar("T")
@@ -98,9 +100,9 @@ def _shards(kind: str, entries: Iterable[str]) -> list[Shard]:
 def _latents(wanted: Mapping[str, _Wanted], family: Family, pictures: Pictures) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield [2, 4, h, w] (mean, standard deviation) in bf16 of each entry; batches have one shape each."""
     ordered = sorted(wanted, key=lambda key: (wanted[key].image.bucket, wanted[key].image.id, key))
-    for _, group in groupby(ordered, key=lambda key: wanted[key].image.bucket):
-        for keys in _some(group, _IMAGES_AT_A_TIME):
-            pixels = torch.stack([_pixels(wanted[key], pictures) for key in keys])
+    for (width, height), group in groupby(ordered, key=lambda key: wanted[key].image.bucket):
+        for keys in _some(group, max(1, _PIXELS_AT_A_TIME // (width * height))):
+            pixels = torch.stack(in_parallel(lambda key: _pixels(wanted[key], pictures), keys, parallel=_PARALLEL))
             both = torch.stack(family.encode_images(pixels), dim=1)
             for key, entry in zip(keys, both, strict=True):
                 if not torch.isfinite(entry).all():

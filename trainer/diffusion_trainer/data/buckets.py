@@ -40,16 +40,18 @@ def choose(sizes: Sequence[Shape], dataset: Dataset, *, batch_size: int) -> tupl
     more than `buckets.maxShapes`, or it cannot fill half a batch: filling it up would repeat each of its images more
     than twice for every turn of another image.
     """
-    left = list(table(dataset))
-    used = Counter(nearest(size, left) for size in sizes)
-    left = [shape for shape in left if used[shape]]
-    while len(left) > 1:
-        rarest = min(left, key=lambda shape: (used[shape], -_distance(shape, (1, 1)), shape))
-        if len(left) <= dataset.buckets.max_shapes and 2 * used[rarest] >= batch_size:
+    shapes = table(dataset)
+    members: dict[Shape, Counter[Shape]] = {}
+    for size, count in Counter(sizes).items():
+        members.setdefault(nearest(size, shapes), Counter())[size] += count
+    while len(members) > 1:
+        rarest = min(members, key=lambda shape: (members[shape].total(), -_distance(shape, (1, 1)), shape))
+        if len(members) <= dataset.buckets.max_shapes and 2 * members[rarest].total() >= batch_size:
             break
-        left.remove(rarest)
-        used = Counter(nearest(size, left) for size in sizes)
-    return tuple(left)
+        homeless = members.pop(rarest)
+        for size, count in homeless.items():
+            members[nearest(size, sorted(members))][size] += count
+    return tuple(shape for shape in shapes if shape in members)
 
 
 def nearest(size: Shape, shapes: Sequence[Shape]) -> Shape:
