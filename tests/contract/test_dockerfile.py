@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from diffusion_api import names
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from diffusion_api import generate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,6 +12,7 @@ from typing import Any
 import boto3
 import yaml
 
+from diffusion_api import names
 from testkit import tiny
 from testkit.cluster import ClusterHandle
 from testkit.cluster.images import python_env
@@ -28,10 +29,10 @@ TRAINER_USER = "10001"
 
 def install(cluster: ClusterHandle) -> str:
     """Install CRDs, profiles and operator, wait until it is up, and return its namespace."""
-    for crd in sorted((ROOT / "crds").glob("*.yaml")):
-        cluster.kubectl("apply", "--server-side", "-f", crd)
-    for crd in ("diffusiontrainingjobs", "trainingprofiles"):
-        cluster.kubectl("wait", "--for=condition=Established", f"crd/{crd}.diffusion-operator.io", "--timeout=30s")
+    for file in sorted((ROOT / "crds").glob("*.yaml")):
+        cluster.kubectl("apply", "--server-side", "-f", file)
+    for plural in (names.JOB_PLURAL, names.PROFILE_PLURAL):
+        cluster.kubectl("wait", "--for=condition=Established", f"crd/{plural}.{names.GROUP}", "--timeout=30s")
     cluster.kubectl("apply", "-f", PROFILES)
     deployment = _deployment()
     namespace = str(deployment["metadata"]["namespace"])
