@@ -12,6 +12,7 @@ from diffusion_trainer.data import DatasetLock, Pictures, freeze
 from diffusion_trainer.data.freezing import split
 from diffusion_trainer.errors import BadData, InputMissing
 from diffusion_trainer.objectstore import open_store
+from diffusion_trainer.objectstore.parallel import in_parallel
 from testkit.tiny import make_image_folder
 
 
@@ -246,6 +247,13 @@ def test_progress_is_told(folder):
     told = []
     frozen(make_image_folder(folder, 3), report=told.append)
     assert told == ["checking images 3/3"]
+
+
+def test_one_picture_may_be_asked_for_by_many_at_once(folder, tmp_path):
+    (image,) = frozen(make_image_folder(folder, 1)).images
+    pictures = Pictures(open_store(folder.as_uri()), tmp_path / "other")
+    found = in_parallel(lambda _: pictures.path(image).read_bytes(), range(64), parallel=16)
+    assert set(found) == {(folder / "000.png").read_bytes()}
 
 
 def test_pictures_come_back_and_changes_are_noticed(folder, tmp_path):

@@ -102,7 +102,7 @@ def _latents(wanted: Mapping[str, _Wanted], family: Family, pictures: Pictures) 
     ordered = sorted(wanted, key=lambda key: (wanted[key].image.bucket, wanted[key].image.id, key))
     for (width, height), group in groupby(ordered, key=lambda key: wanted[key].image.bucket):
         for keys in _some(group, max(1, _PIXELS_AT_A_TIME // (width * height))):
-            pixels = torch.stack(in_parallel(lambda key: _pixels(wanted[key], pictures), keys, parallel=_PARALLEL))
+            pixels = torch.stack(_pixels([wanted[key] for key in keys], pictures))
             both = torch.stack(family.encode_images(pixels), dim=1)
             for key, entry in zip(keys, both, strict=True):
                 if not torch.isfinite(entry).all():
@@ -113,13 +113,19 @@ def _latents(wanted: Mapping[str, _Wanted], family: Family, pictures: Pictures) 
                 yield key, entry.to(torch.bfloat16)
 
 
-def _pixels(wanted: _Wanted, pictures: Pictures) -> torch.Tensor:
-    image = wanted.image
-    try:
-        picture = decode(pictures.path(image))
-    except Rejected as rejected:  # it was decoded once already
-        raise BadData(f"{image.key} cannot be decoded any more: {rejected.reason}; start a new job") from rejected
-    return transform(picture, wanted.variant, image.bucket)[0]
+def _pixels(wanted: Sequence[_Wanted], pictures: Pictures) -> list[torch.Tensor]:
+    """Return the pixels of each; images are decoded side by side, and once for all their variants."""
+    by_image = [list(group) for _, group in groupby(wanted, key=lambda one: one.image.id)]
+
+    def pixels(variants: Sequence[_Wanted]) -> list[torch.Tensor]:
+        image = variants[0].image
+        try:
+            picture = decode(pictures.path(image))
+        except Rejected as rejected:  # it was decoded once already
+            raise BadData(f"{image.key} cannot be decoded any more: {rejected.reason}; start a new job") from rejected
+        return [transform(picture, one.variant, image.bucket)[0] for one in variants]
+
+    return [one for some in in_parallel(pixels, by_image, parallel=_PARALLEL) for one in some]
 
 
 def _text(captions: Mapping[str, str], family: Family) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 
 from diffusion_trainer.data.lock import DatasetLock, LockedImage
@@ -15,7 +16,10 @@ _REMEDY = "restore it, or start a new job, which freezes the dataset as it is no
 
 
 class Pictures:
-    """Downloads on demand into a content-addressed folder, and trusts nothing that it has not hashed."""
+    """Downloads on demand into a content-addressed folder, and trusts nothing that it has not hashed.
+
+    Safe to use from several threads of one process.
+    """
 
     def __init__(self, source: ObjectStore, work: Path) -> None:
         """`source` is the dataset's root; files land below `work`/images."""
@@ -46,7 +50,7 @@ class Pictures:
 
     def download(self, key: str) -> str:
         """Download an object and return its sha256, which `place` turns into its path. Raises `NotFound`."""
-        arriving = self.folder / "arriving" / hashlib.sha256(key.encode()).hexdigest()
+        arriving = self.folder / "arriving" / f"{hashlib.sha256(key.encode()).hexdigest()}-{threading.get_ident()}"
         arriving.parent.mkdir(parents=True, exist_ok=True)
         self.source.get_to_file(key, arriving)
         with arriving.open("rb") as file:
