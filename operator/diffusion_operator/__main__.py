@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -10,13 +12,21 @@ import kopf
 
 from diffusion_operator import handlers
 from diffusion_operator.errors import SettingsError
-from diffusion_operator.settings import Settings
+from diffusion_operator.settings import PREFIX, Settings
 
 WRONG_USAGE = 64
 
 
 def main() -> int:
     """Run until a signal; return the exit code."""
+    fields = (field.name.upper() for field in dataclasses.fields(Settings) if field.name != "failpoint")
+    variables = (f"  {PREFIX}{name}" for name in fields)
+    argparse.ArgumentParser(
+        prog="python -m diffusion_operator",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog="\n".join(["environment:", *variables, "What each means: docs/reference/operator.md"]),
+    ).parse_args()
     try:
         settings = Settings.from_environment(os.environ)
     except SettingsError as error:
