@@ -39,9 +39,9 @@ def starter() -> Iterator[subprocess.Popen[str]]:
             take_down()
 
 
-def command(*args: str) -> subprocess.CompletedProcess[str]:
+def command(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     whole = [sys.executable, "-m", "testkit.cluster", *args]
-    return subprocess.run(whole, capture_output=True, text=True, env=environment(), check=False)
+    return subprocess.run(whole, capture_output=True, text=True, env=environment() | variables, check=False)
 
 
 def environment() -> dict[str, str]:
@@ -57,7 +57,8 @@ def test_a_killed_starters_cluster_is_cleaned_up_by_the_next():
         remains = leaks.left_behind(before, timeout=0)
         assert any("kubelet" in line for line in remains)
         assert any("control group" in line for line in remains)
-        status = command("status")
+        # Whatever cache the next one uses: there is one cluster per machine.
+        status = command("status", DIFFUSION_OPERATOR_CACHE="/nowhere")
         assert (status.returncode, "killed process" in status.stdout) == (1, True)
         with LocalCluster([NodeSpec("next")]) as cluster:
             assert cluster.nodes == ["next"]
@@ -67,7 +68,7 @@ def test_a_killed_starters_cluster_is_cleaned_up_by_the_next():
 def test_a_starter_killed_on_its_way_leaves_nothing_for_long():
     before = leaks.snapshot()
     with starter() as process:
-        wait_until(lambda: (record.read(record.state_folder()) or no_record()).holder, describe="the first process")
+        wait_until(lambda: (record.read() or no_record()).holder, describe="the first process")
         process.kill()
         process.wait()
         assert take_down()
@@ -142,11 +143,11 @@ def planted_rule() -> Iterator[None]:
 
 @contextlib.contextmanager
 def planted_record() -> Iterator[None]:
-    record.write(no_record(), record.state_folder())
+    record.write(no_record())
     try:
         yield
     finally:
-        record.forget(record.state_folder())
+        record.forget()
 
 
 @pytest.mark.parametrize(
@@ -178,4 +179,4 @@ def test_a_strangers_process_is_not_ours_although_the_number_is():
 
 
 def no_record() -> record.Record:
-    return record.Record(boot=record.boot_id())
+    return record.Record(boot=record.boot_id(), folder=str(record.state_folder()))

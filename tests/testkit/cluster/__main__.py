@@ -58,7 +58,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _up() -> int:
-    found = record.read(record.state_folder())
+    found = record.read()
     if found is not None and found.ready and not found.stale:
         print("a cluster is up already")
         return _status()
@@ -70,7 +70,7 @@ def _up() -> int:
 
 
 def _status() -> int:
-    found = record.read(record.state_folder())
+    found = record.read()
     if found is None:
         print("no cluster is up")
         return 1

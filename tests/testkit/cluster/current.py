@@ -38,6 +38,7 @@ def current_kubeconfig() -> Path:
 def open_current() -> ClusterHandle:
     """Return the current context's cluster; with all abilities where it is the local one that is kept."""
     kubeconfig = current_kubeconfig()
-    if kubeconfig.resolve() == record.state_folder().resolve() / "admin.conf":
+    found = record.read()
+    if found is not None and kubeconfig.resolve() == Path(found.folder, "admin.conf").resolve():
         return LocalCluster.attach()
     return CurrentCluster(kubeconfig)

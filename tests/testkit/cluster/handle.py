@@ -67,6 +67,7 @@ class ClusterHandle(Kube):
         env: Mapping[str, str] | None = None,  # noqa: ARG002
         user: str = "10001",  # noqa: ARG002
         workdir: str = "/",  # noqa: ARG002
+        programs: Mapping[str, Path] | None = None,  # noqa: ARG002
     ) -> str:
         """Make an image of this machine's Python and the project's code known to every node; return its name."""
         raise self._unavailable(f"take the image {name} from this machine")

@@ -19,6 +19,7 @@ Snapshot = Mapping[str, frozenset[str]]
 def snapshot(*, folder: Path | None = None) -> Snapshot:
     """Return what of the machine a cluster could change, by kind. Others' networks and mounts are none of it."""
     state = folder or record.state_folder()
+    known = record.HOME / "record.json"
     return {
         "process": frozenset(_processes()),
         "control group": frozenset(_groups()),
@@ -26,7 +27,7 @@ def snapshot(*, folder: Path | None = None) -> Snapshot:
         "network link": frozenset({spec.HOST_LINK} if Path("/sys/class/net", spec.HOST_LINK).exists() else ()),
         "firewall rule": frozenset(_rules()),
         "kernel setting": frozenset(_settings()),
-        "record": frozenset({str(state / "record.json")} if (state / "record.json").exists() else ()),
+        "record": frozenset({str(known)} if known.exists() else ()),
     }
 
 

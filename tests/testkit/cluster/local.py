@@ -44,22 +44,26 @@ class LocalCluster(ClusterHandle):
         self.folder = record.state_folder()
         self.logs_folder = self.folder / "logs"
         self._sandbox = Sandbox(self.folder)
-        self._record = Record(boot=record.boot_id())
+        self._record = Record(boot=record.boot_id(), folder=str(self.folder))
         self._programs: Mapping[str, Path] = {}
         self._control: Control | None = None
 
     @classmethod
     def attach(cls) -> Self:
         """Return the cluster that is up, whoever started it, with everything that can be done to it."""
-        found = record.read(record.state_folder())
+        found = record.read()
         if found is None or found.stale or not found.ready:
             raise ClusterError("no local cluster is up: start one with `python -m testkit.cluster up`")
         cluster = cls([], keep=found.owner is None)
         cluster._record = found
+        cluster.folder = Path(found.folder)
+        cluster.logs_folder = cluster.folder / "logs"
+        cluster._sandbox = Sandbox(cluster.folder, holder=found.holder)
         cluster._connect()
-        cluster._sandbox.holder = found.holder
         cluster._control = Control(cluster._sandbox, programs=cluster._programs)
         for entry in found.nodes.values():
+            if entry["spec"] is None:
+                continue
             spec = NodeSpec(**entry["spec"])
             node = Node(spec, index=entry["index"], sandbox=cluster._sandbox, programs=cluster._programs)
             cluster._nodes[spec.name] = node
@@ -71,9 +75,9 @@ class LocalCluster(ClusterHandle):
         if not self._specs:
             raise ClusterError("a cluster needs a node: give at least one NodeSpec")
         self._connect()
-        with exclusive(lock_file()):
-            _refuse_second(self.folder)
-            _clean(self.folder)
+        with exclusive(record.lock_file()):
+            _refuse_second()
+            _clean()
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, mode=0o755)
             try:
@@ -85,7 +89,7 @@ class LocalCluster(ClusterHandle):
 
     def stop(self) -> None:
         """End it; nothing of it stays behind but its logs."""
-        with exclusive(lock_file()):
+        with exclusive(record.lock_file()):
             self._end()
 
     def check(self) -> None:
@@ -111,13 +115,22 @@ class LocalCluster(ClusterHandle):
         env: Mapping[str, str] | None = None,
         user: str = "10001",
         workdir: str = "/",
+        programs: Mapping[str, Path] | None = None,
     ) -> str:
         """Make an image known to every node, later ones too; return its full name.
 
         Containers see this machine's programs, this Python and the project's code (at `images.CODE`), read-only. Give
-        the name a tag other than `latest`, or the kubelet asks a registry for it.
+        the name a tag other than `latest`, or the kubelet asks a registry for it. `programs` (name in the root folder
+        to file) are copied into the image: those that containers do not see anyway.
         """
-        image = images.Image(name, entrypoint=tuple(entrypoint), env=images.python_env(env), user=user, workdir=workdir)
+        image = images.Image(
+            name,
+            entrypoint=tuple(entrypoint),
+            env=images.python_env(env),
+            user=user,
+            workdir=workdir,
+            programs=programs or {},
+        )
         self._load(image)
         return image.reference
 
@@ -132,7 +145,10 @@ class LocalCluster(ClusterHandle):
         self.api.delete("nodes", name)
         del self._nodes[name]
         # The number stays taken; the name is free.
-        self._record.nodes[f"(removed) {name} {node.addressing.index}"] = self._record.nodes.pop(name)
+        index = node.addressing.index
+        self._record.nodes.pop(name)
+        self._record.nodes[f"removed {index}"] = {"index": index, "spec": None}
+        record.write(self._record)
 
     def lose_node(self, name: str) -> None:
         """Let a node die at once, with all that runs on it. Returns at once: the cluster notices seconds later."""
@@ -165,11 +181,11 @@ class LocalCluster(ClusterHandle):
     def _start(self) -> None:
         # Written before anything is made, so that whoever comes next knows that there is something to undo.
         self._record.owner = None if self._keep else ProcessId.of(os.getpid())
-        record.write(self._record, self.folder)
+        record.write(self._record)
         self._record.holder = self._sandbox.create(
             pause=self._programs["pause"], needed=[Path(bind.source) for bind in self._binds]
         )
-        record.write(self._record, self.folder)
+        record.write(self._record)
         control = self._control = Control(self._sandbox, programs=self._programs)
         control.start_server()
         self._load(images.Image(configs.PAUSE, entrypoint=("/pause",), programs={"pause": self._programs["pause"]}))
@@ -182,12 +198,15 @@ class LocalCluster(ClusterHandle):
         self._await(nodes)
         control.check()
         self._record.ready = True
-        record.write(self._record, self.folder)
+        record.write(self._record)
 
     def _end(self) -> None:
         if hasattr(self, "api"):
             self.close()
-        _clean(self.folder)
+        found = record.read()
+        # Somebody may have taken ours down and started another, which is not ours to end.
+        if found is None or found.holder in {None, self._record.holder}:
+            _clean()
         self._nodes.clear()
         self._control = None
 
@@ -200,7 +219,7 @@ class LocalCluster(ClusterHandle):
         if self._control is None:
             raise ClusterError("the cluster is not running: use it in a `with` block or call start()")
         # Another process may have attached and added nodes.
-        self._record.nodes = (record.read(self.folder) or self._record).nodes
+        self._record.nodes = (record.read() or self._record).nodes
         made: list[Node] = []
         for spec in specs:
             if spec.name in self._nodes:
@@ -213,7 +232,7 @@ class LocalCluster(ClusterHandle):
             node.start_runtime()
             self._nodes[spec.name] = node
             made.append(node)
-        record.write(self._record, self.folder)
+        record.write(self._record)
         return made
 
     def _join(self, nodes: Sequence[Node]) -> None:
@@ -255,35 +274,33 @@ class LocalCluster(ClusterHandle):
         return self._nodes[name]
 
 
-def lock_file() -> Path:
-    """Return the lock that whoever starts or ends the machine's cluster holds."""
-    return record.state_folder().with_name("cluster.lock")
-
-
 def take_down() -> bool:
     """End the cluster of this machine, whoever started it. Return whether there was one. Harmless otherwise."""
-    folder = record.state_folder()
-    with exclusive(lock_file()):
-        existed = record.read(folder) is not None
-        _clean(folder)
+    if os.geteuid() != 0:
+        raise ClusterError("a local cluster is root's, so only root can end it: run with sudo")
+    with exclusive(record.lock_file()):
+        existed = record.read() is not None
+        _clean()
     return existed
 
 
-def _refuse_second(folder: Path) -> None:
-    found = record.read(folder)
+def _refuse_second() -> None:
+    found = record.read()
     if found is None or found.stale:
         return
     owner = f"process {found.owner.pid}" if found.owner else "`python -m testkit.cluster up`"
     raise ClusterError(
-        f"a local cluster is up already, started by {owner} (state in {folder}); there can be one per machine: use it "
-        "with `CLUSTER=current`, or end it with `python -m testkit.cluster down`"
+        f"a local cluster is up already, started by {owner} (state in {found.folder}); there can be one per machine: "
+        "use it with `CLUSTER=current`, or end it with `python -m testkit.cluster down`"
     )
 
 
-def _clean(folder: Path) -> None:
-    """Remove everything of a cluster but its logs, whatever state it is in."""
+def _clean() -> None:
+    """Remove everything of the machine's cluster but its logs, whatever state it is in."""
+    found = record.read()
+    folder = Path(found.folder) if found else record.state_folder()
     Sandbox(folder).destroy()
-    record.forget(folder)
+    record.forget()
     if folder.exists():
         for path in folder.iterdir():
             if path.name != "logs":

@@ -1,4 +1,9 @@
-"""The cluster's state folder: what is written down so that another process can end what this one started."""
+"""What is written down of the machine's cluster, so that another process can use or end what this one started.
+
+The record lies at one place per machine, whatever cache its starter used, because there is one cluster per machine; it
+says where the rest of the state is. That place is emptied when the machine starts anew, as everything else of the
+cluster is.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from testkit.env import cache_root
+
+HOME = Path("/run/diffusion-operator-testkit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,7 @@ class Record:
     """What is known of a cluster that was started. Written before each thing that must be undone."""
 
     boot: str
+    folder: str  # the state folder
     holder: ProcessId | None = None
     # The process whose end makes the cluster stale; None for one that is kept until `down`.
     owner: ProcessId | None = None
@@ -61,31 +69,36 @@ def boot_id() -> str:
 
 
 def state_folder() -> Path:
-    """Return the folder of the one cluster of this machine."""
+    """Return the state folder of a cluster that is started now."""
     return cache_root() / "cluster"
 
 
-def write(record: Record, folder: Path) -> None:
+def lock_file() -> Path:
+    """Return the lock that whoever starts or ends the machine's cluster holds."""
+    return HOME / "lock"
+
+
+def write(record: Record, home: Path = HOME) -> None:
     """Write it, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".record.{os.getpid()}"
+    home.mkdir(parents=True, exist_ok=True)
+    partial = home / f".record.{os.getpid()}"
     partial.write_text(json.dumps(asdict(record), indent=1))
-    partial.replace(folder / "record.json")
+    partial.replace(home / "record.json")
 
 
-def read(folder: Path) -> Record | None:
+def read(home: Path = HOME) -> Record | None:
     """Return what is written down; None where no cluster was started since the last clean-up."""
     try:
-        found: Mapping[str, Any] = json.loads((folder / "record.json").read_text())
+        found: Mapping[str, Any] = json.loads((home / "record.json").read_text())
     except FileNotFoundError:
         return None
     known = {**found, "holder": _process(found["holder"]), "owner": _process(found["owner"])}
     return Record(**known)
 
 
-def forget(folder: Path) -> None:
+def forget(home: Path = HOME) -> None:
     """Remove the record: nothing is left to undo."""
-    (folder / "record.json").unlink(missing_ok=True)
+    (home / "record.json").unlink(missing_ok=True)
 
 
 def _process(found: Mapping[str, int] | None) -> ProcessId | None:

@@ -180,7 +180,7 @@ def test_a_record_survives_being_written_down(tmp_path):
     assert record.read(tmp_path) is None
     own = ProcessId.of(os.getpid())
     nodes = {"a": {"index": 1, "spec": {"name": "a"}}}
-    written = Record(boot=record.boot_id(), holder=own, owner=own, nodes=nodes, ready=True)
+    written = Record(boot=record.boot_id(), folder="/state", holder=own, owner=own, nodes=nodes, ready=True)
     record.write(written, tmp_path)
     assert record.read(tmp_path) == written
     record.forget(tmp_path)
@@ -191,12 +191,12 @@ def test_a_record_is_stale_when_nobody_needs_the_cluster_any_more():
     own = ProcessId.of(os.getpid())
     gone = ProcessId(pid=own.pid, started=own.started - 1)
     boot = record.boot_id()
-    assert not Record(boot=boot, holder=own, owner=own).stale  # being started
-    assert not Record(boot=boot, holder=own, ready=True).stale  # kept
-    assert Record(boot=boot, holder=own, ready=False).stale  # was to be kept, but its start was cut short
-    assert Record(boot=boot, holder=own, owner=gone, ready=True).stale
-    assert Record(boot=boot, holder=gone, owner=own, ready=True).stale
-    assert Record(boot="another", holder=own, owner=own, ready=True).stale
+    assert not Record(boot=boot, folder="/s", holder=own, owner=own).stale  # being started
+    assert not Record(boot=boot, folder="/s", holder=own, ready=True).stale  # kept
+    assert Record(boot=boot, folder="/s", holder=own, ready=False).stale  # was to be kept, but its start was cut short
+    assert Record(boot=boot, folder="/s", holder=own, owner=gone, ready=True).stale
+    assert Record(boot=boot, folder="/s", holder=gone, owner=own, ready=True).stale
+    assert Record(boot="another", folder="/s", holder=own, owner=own, ready=True).stale
 
 
 def test_configurations_are_well_formed(tmp_path):
