@@ -87,7 +87,7 @@ def translated(operation: str, uri: str) -> Iterator[None]:
             "account with IRSA or Pod Identity in credentials.serviceAccountName"
         ) from error
     except ParamValidationError as error:
-        raise InvalidUri(f"{operation} {uri}: {error}; correct the URI") from error
+        raise InvalidUri(f"{operation} {uri}: {' '.join(str(error).split())}; correct the URI") from error
     except (
         BotoCoreError,
         OSError,
