@@ -7,12 +7,16 @@ that did not run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
+from testkit import installation
 from testkit.cluster import ClusterHandle, LocalCluster, leaks, open_current
+from testkit.s3 import S3Server
 
 SKIP = "DIFFUSION_OPERATOR_SKIP_CLUSTER"
 
@@ -50,6 +54,49 @@ def shared_cluster() -> Iterator[ClusterHandle]:
     left = leaks.left_behind(before)
     if left:
         pytest.fail("the cluster left behind:\n" + "\n".join(left), pytrace=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """diffusion-operator as a platform team would run it, with a bucket that holds a model and images."""
+
+    cluster: ClusterHandle
+    s3: S3Server
+    operator_namespace: str
+    an_image: str  # its key in the bucket team-a
+
+
+@pytest.fixture(scope="session")
+def platform(shared_cluster: ClusterHandle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The operator installed in the cluster, once per session, and the storage that jobs use."""
+    with S3Server(address=shared_cluster.host_ip, buckets=installation.BUCKETS) as s3:
+        installation.stock(s3, tmp_path_factory.mktemp("stock"))
+        namespace = installation.install(shared_cluster)
+        keys = [key for key, _ in installation.listing(s3.credentials, "team-a", "cats/")]
+        image = next(key for key in keys if key.endswith((".png", ".jpg")))
+        yield Platform(cluster=shared_cluster, s3=s3, operator_namespace=namespace, an_image=image)
+
+
+@contextlib.contextmanager
+def a_team(platform: Platform, name: str) -> Iterator[str]:
+    """Make a namespace in which jobs find the Secret that the examples name."""
+    with platform.cluster.namespace(name) as namespace:
+        platform.cluster.apply(installation.secret("team-a-s3", platform.s3.credentials), namespace=namespace)
+        yield namespace
+
+
+@pytest.fixture(scope="module")
+def module_team(platform: Platform, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A team's namespace, shared by the tests of a file."""
+    with a_team(platform, request.node.path.stem) as namespace:
+        yield namespace
+
+
+@pytest.fixture
+def team(platform: Platform, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A team's namespace of the test's own."""
+    with a_team(platform, request.node.name) as namespace:
+        yield namespace
 
 
 @pytest.fixture
