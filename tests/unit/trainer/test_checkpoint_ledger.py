@@ -223,6 +223,20 @@ def test_steps_only_go_forward_and_the_same_step_is_published_once(objects: Obje
         ledger.publish(snapshot(29))
 
 
+def test_starting_over_is_possible_on_purpose_only(objects: Objects) -> None:
+    ledger = ledger_of(objects, 2)
+    ledger.acquire()
+    with pytest.raises(ValueError, match="only go forward"):
+        ledger.publish(snapshot(1))
+    assert ledger.start_over().history == ()
+    assert ledger.load() is None
+    ledger.publish(snapshot(1))
+    assert [entry.key for entry in head_of(objects).history] == ["ckpt/0000000001-a0002"]
+    assert "ckpt/0000000030-a0001/state.json" in objects.content  # for a day, in case it was a mistake
+    with pytest.raises(RuntimeError, match="acquire"):
+        ledger_of(objects, 3).start_over()
+
+
 def test_the_best_checkpoint_is_pinned_until_a_better_one_comes(objects: Objects) -> None:
     ledger = ledger_of(objects, 2, retention=Retention(keep_last=1))
     ledger.acquire()

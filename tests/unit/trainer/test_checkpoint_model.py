@@ -7,6 +7,7 @@ interleaving, the crashes, the lost answers and the damage are Hypothesis's, and
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 from pathlib import Path
@@ -99,6 +100,7 @@ class CheckpointMachine(RuleBasedStateMachine):
         self.attempts: list[Attempt] = []
         self.number = 0
         self.damaged: set[str] = set()
+        self.damaged_first: set[str] = set()  # damaged between the commit and its acknowledgement
         self.lost_to_damage: list[Lineage] = []
 
     @property
@@ -145,6 +147,8 @@ class CheckpointMachine(RuleBasedStateMachine):
             changed = content[:-1] if how == "cut" else bytes([content[0] ^ 1]) + content[1:]
             self.objects.content[key] = (changed, modified)
         self.damaged.add(entry.key)
+        if all(key != entry.key for key, _ in self._acknowledged()):
+            self.damaged_first.add(entry.key)
         # What only this checkpoint held is lost to the damage, not to the protocol.
         left = self._lineage(self._whole()[-1])
         for _, lineage in self._acknowledged():
@@ -199,7 +203,8 @@ class CheckpointMachine(RuleBasedStateMachine):
 
     def _acknowledged(self) -> list[tuple[str, Lineage]]:
         told = [told for attempt in self.attempts for told in attempt.acknowledged]
-        return [(key, lineage) for key, lineage in told if lineage not in self.lost_to_damage]
+        lost = self.lost_to_damage
+        return [(key, lineage) for key, lineage in told if lineage not in lost and key not in self.damaged_first]
 
     def _head(self) -> Head | None:
         from diffusion_trainer.checkpoint.head import HEAD_KEY, decode_head
@@ -217,12 +222,15 @@ class CheckpointMachine(RuleBasedStateMachine):
         return found
 
 
+# A long search, of other cases at every run: CHECKPOINT_MODEL_EXAMPLES=5000.
+EXAMPLES = int(os.environ.get("CHECKPOINT_MODEL_EXAMPLES", "0"))
 CHECKED = settings(
-    max_examples=60,
-    stateful_step_count=30,
+    max_examples=EXAMPLES or 60,
+    stateful_step_count=60 if EXAMPLES else 30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    derandomize=True,
+    derandomize=not EXAMPLES,
+    database=None,
 )
 
 

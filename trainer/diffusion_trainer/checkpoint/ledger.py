@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -141,6 +141,13 @@ class Ledger:
             f"load {self._store.uri}: none of the {len(found[0].history)} published checkpoints is whole; restore "
             "their objects (bucket versions, backup), or start again under another name"
         )
+
+    def start_over(self) -> Head:
+        """Forget every checkpoint on purpose (`checkpoint.resume: Never`), so that step 0 may be trained again.
+
+        The only way back to step 0. The objects stay until they are old enough to be swept as orphans.
+        """
+        return self._update(lambda head: replace(head, history=(), best=None))
 
     def read(self, entry: Entry, *, scratch: Path | None = None) -> Snapshot:
         """Return one checkpoint, for ranks that load what rank 0 loaded. Raises `CheckpointCorrupt`, StorageError."""
