@@ -17,16 +17,17 @@ from diffusion_operator.settings import PREFIX, Settings
 WRONG_USAGE = 64
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run until a signal; return the exit code."""
-    fields = (field.name.upper() for field in dataclasses.fields(Settings) if field.name != "failpoint")
+    elsewhere = {"failpoint", "kubeconfig"}
+    fields = (field.name.upper() for field in dataclasses.fields(Settings) if field.name not in elsewhere)
     variables = (f"  {PREFIX}{name}" for name in fields)
     argparse.ArgumentParser(
         prog="python -m diffusion_operator",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
         epilog="\n".join(["environment:", *variables, "What each means: docs/reference/operator.md"]),
-    ).parse_args()
+    ).parse_args(arguments)
     try:
         settings = Settings.from_environment(os.environ)
     except SettingsError as error:

@@ -27,7 +27,7 @@ from diffusion_operator.errors import (
     SettingsError,
     UnavailableError,
 )
-from diffusion_operator.settings import Failpoint
+from diffusion_operator.settings import Failpoint, Settings
 from diffusion_operator.state import Object
 
 JOBS = f"/apis/{names.API_VERSION}/{names.JOB_PLURAL}"
@@ -88,7 +88,7 @@ class KubernetesCluster:
         self._counted = counted or (lambda _method, _status: None)
 
     @classmethod
-    async def connect(cls, *, failpoint: Failpoint | None = None, counted: Counted | None = None) -> KubernetesCluster:
+    async def connect(cls, settings: Settings, *, counted: Counted | None = None) -> KubernetesCluster:
         """Return access with the pod's service account or, outside of a cluster, the current kubeconfig.
 
         Raises:
@@ -99,10 +99,10 @@ class KubernetesCluster:
             load_incluster_config(client_configuration=configuration)
         except ConfigException:
             try:
-                await load_kube_config(client_configuration=configuration)
+                await load_kube_config(settings.kubeconfig, client_configuration=configuration)
             except ConfigException as error:
                 raise SettingsError(f"no service account and no kubeconfig: set KUBECONFIG ({error})") from error
-        return cls(ApiClient(configuration=configuration), failpoint=failpoint, counted=counted)
+        return cls(ApiClient(configuration=configuration), failpoint=settings.failpoint, counted=counted)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -51,9 +51,7 @@ class Controller:
         Raises:
             SettingsError: it cannot work here at all.
         """
-        self._cluster = cluster = await KubernetesCluster.connect(
-            failpoint=self._settings.failpoint, counted=self._metrics.request
-        )
+        self._cluster = cluster = await KubernetesCluster.connect(self._settings, counted=self._metrics.request)
         await self._serve()
         try:
             # Nobody may work before everything was read: a pod that is not known yet would look like one that is lost.

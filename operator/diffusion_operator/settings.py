@@ -30,7 +30,7 @@ class Failpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that the operator can be told. Each field is the variable DIFFUSION_OPERATOR_<FIELD>."""
+    """What the operator can be told. A field is the variable DIFFUSION_OPERATOR_<FIELD> unless it says otherwise."""
 
     trainer_image: str
     """Image of the trainer, for profiles that name none."""
@@ -50,6 +50,8 @@ class Settings:
     """Jobs that are worked on at the same time."""
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
+    kubeconfig: str | None = None
+    """Access from outside of a cluster, from the variable KUBECONFIG; None is kubectl's default."""
     failpoint: Failpoint | None = None
     """Test hook, from the variable that `names.ENV_FAILPOINT` names."""
 
@@ -71,6 +73,7 @@ class Settings:
             relist_seconds=read.number("RELIST_SECONDS", cls.relist_seconds, at_least=1),
             workers=int(read.number("WORKERS", cls.workers, at_least=1, at_most=256)),
             log_level=read.choice("LOG_LEVEL", cls.log_level, ("DEBUG", "INFO", "WARNING", "ERROR")),
+            kubeconfig=environment.get("KUBECONFIG") or None,
             failpoint=_failpoint(environment.get(names.ENV_FAILPOINT, "")),
         )
 

@@ -1,0 +1,322 @@
+"""The operator on a real API server, with its own rights: one job's whole life, and what can come in between."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from diffusion_api import names
+from diffusion_api.run import RunConfig
+from testkit.builders import last_word, make_checkpoint, make_job, make_progress, make_report
+from testkit.kube import Object, condition
+from testkit.operating import JOBS, Installation, Kubelet, OperatorProcess, User, installed
+from testkit.waiting import wait_until
+
+pytestmark = pytest.mark.apiserver
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    with installed(tmp_path_factory.mktemp("operator")) as found, OperatorProcess(found, progress_seconds="0.2"):
+        yield found
+
+
+@pytest.fixture
+def place(installation: Installation, request: pytest.FixtureRequest) -> Iterator[tuple[User, Kubelet]]:
+    with installation.kube.namespace(request.node.originalname) as name:
+        yield User(installation.kube, name), Kubelet(installation.kube, name)
+
+
+Place = tuple[User, Kubelet]
+
+
+def causes(status: Object) -> list[tuple[int, str | None]]:
+    return [(attempt["number"], attempt.get("cause")) for attempt in status["attempts"]]
+
+
+class Trainer:
+    """A trainer's HTTP server: says what the test tells it to. Each has a loopback address of its own."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.report = make_report(0, stage="Preparing", progress=None, detail="encoding images 3/12")
+        trainer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = trainer.report.model_dump_json(by_alias=True).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
+                pass
+
+        self.server = ThreadingHTTPServer((address, names.METRICS_PORT), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_a_whole_life(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    user.create(make_job())
+    pod = kubelet.wait_for_pod("cats-1-0")
+    run = RunConfig.model_validate_json(pod["metadata"]["annotations"][names.ANNOTATION_RUN])
+    assert (run.job.uid, run.attempt) == (user.job()["metadata"]["uid"], 1)
+    assert user.wait_phase("Scheduling")["gpus"] == 1
+    with Trainer("127.9.0.1") as trainer:
+        kubelet.run("cats-1-0", address=trainer.address)
+        status = user.wait_phase("Preparing")
+        installation.kube.wait_for(
+            JOBS, "cats", lambda job: job["status"]["message"] == "encoding images 3/12", namespace=user.namespace
+        )
+        progress = make_progress(900, loss=0.08, estimated_remaining_seconds=2460)
+        trainer.report = make_report(900, progress=progress, latest_checkpoint=make_checkpoint(800))
+        status = user.wait_phase("Running")
+        assert (status["progress"]["done"], status["progress"]["remaining"]) == ("45%", "41m")
+        assert status["checkpoint"]["latest"]["step"] == 800
+        assert condition(user.job(), "PodsReady")["status"] == "True"
+    word = last_word(0, message="done", step=2000, progress=make_progress(2000))
+    kubelet.end("cats-1-0", 0, message=word)
+    status = user.wait_phase("Complete")
+    assert causes(status) == [(1, "Completed")]
+    assert (status["progress"]["done"], status["message"], status["attempts"][0]["nodes"]) == (
+        "100%",
+        "done",
+        ["node-1"],
+    )
+    shown = installation.kube.kubectl(
+        "wait", "dtj/cats", "--for=condition=Complete", "-n", user.namespace, "--timeout=5s"
+    )
+    assert "condition met" in shown
+    wanted = ["AttemptStarted", "Complete", "Running", "Validated"]
+    wait_until(lambda: user.reasons() == wanted, describe=f"events {wanted}", detail=lambda: str(user.reasons()))
+    assert installation.kube.find("pods", "cats-1-0", namespace=user.namespace), "the last pod is kept for its log"
+
+
+def test_preemption_costs_nothing(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    user.create(make_job(runPolicy={"backoffLimit": 0}))
+    kubelet.run("cats-1-0")
+    user.wait_phase("Preparing")
+    disruption = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "room"}
+    kubelet.patch("cats-1-0", conditions=[disruption])
+    installation.kube.api.delete("pods", "cats-1-0", namespace=user.namespace)
+    user.wait_phase("Interrupted")
+    assert installation.kube.find("pods", "cats-2-0", namespace=user.namespace) is None, "two attempts at once"
+    kubelet.end("cats-1-0", 75, message=last_word(75, step=700, latest_checkpoint=make_checkpoint(700)))
+    kubelet.remove("cats-1-0")
+    kubelet.run("cats-2-0")
+    status = user.wait_phase("Preparing", attempt=2)
+    assert causes(status) == [(2, None), (1, "Preempted")]
+    assert (status["counters"]["failures"], status["counters"]["preemptions"]) == (0, 1)
+    assert status["checkpoint"]["latest"]["step"] == 700
+    assert "nextAttemptAt" not in status
+
+
+def test_a_pod_that_vanishes_is_replaced(place: Place) -> None:
+    user, kubelet = place
+    user.create(make_job())
+    kubelet.run("cats-1-0")
+    user.wait_phase("Preparing")
+    kubelet.remove("cats-1-0")
+    kubelet.run("cats-2-0")
+    assert causes(user.wait_phase("Preparing", attempt=2)) == [(2, None), (1, "Preempted")]
+
+
+@pytest.mark.parametrize(
+    ("code", "phase", "cause"),
+    [
+        (64, "Failed", "BadConfig"),
+        (77, "Failed", "PermissionDenied"),
+        (69, "Interrupted", "StorageUnavailable"),
+        (83, "Interrupted", "Hang"),
+        (1, "Interrupted", "Crash"),
+    ],
+)
+def test_each_class_of_exit_codes(place: Place, code: int, phase: str, cause: str) -> None:
+    user, kubelet = place
+    user.create(make_job())
+    kubelet.run("cats-1-0")
+    kubelet.end("cats-1-0", code, message=last_word(code, message=f"this is {cause}", last_lines="Traceback"))
+    status = user.wait_phase(phase)
+    assert causes(status) == [(1, cause)]
+    assert (status["attempts"][0]["exitCode"], status["attempts"][0]["lastLines"]) == (code, "Traceback")
+    assert f"this is {cause}" in status["message"]
+    assert ("nextAttemptAt" in status) == (phase == "Interrupted")
+    assert status["counters"]["failures"] == (1 if cause == "Crash" else 0)
+
+
+def test_out_of_gpu_memory_halves_the_micro_batch(place: Place) -> None:
+    user, kubelet = place
+    user.create(make_job(training={"batchSize": 8}))
+    kubelet.run("cats-1-0")
+    kubelet.end("cats-1-0", 80, message=last_word(80))
+    pod = kubelet.wait_for_pod("cats-2-0")
+    run = RunConfig.model_validate_json(pod["metadata"]["annotations"][names.ANNOTATION_RUN])
+    assert (run.micro_batch_size, run.spec.training.batch_size) == (4, 8)
+
+
+def test_suspend_and_resume(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    user.create(make_job())
+    kubelet.run("cats-1-0")
+    user.wait_phase("Preparing")
+    user.change("cats", suspend=True)
+    told = installation.kube.wait_for(
+        "pods", "cats-1-0", lambda pod: "deletionTimestamp" in pod["metadata"], namespace=user.namespace
+    )
+    assert told["metadata"]["deletionGracePeriodSeconds"] == 120, "the trainer has its whole grace to save"
+    kubelet.end("cats-1-0", 75, message=last_word(75, step=300))
+    kubelet.remove("cats-1-0")
+    status = user.wait_phase("Suspended")
+    assert causes(status) == [(1, "Suspended")]
+    assert condition(user.job(), "Suspended")["status"] == "True"
+    assert status["counters"]["preemptions"] == 0
+    user.change("cats", suspend=False)
+    kubelet.run("cats-2-0")
+    user.wait_phase("Preparing", attempt=2)
+    assert condition(user.job(), "Suspended")["reason"] == "Resumed"
+    wait_until(lambda: {"Suspended", "Resumed", "AttemptSuspended"} <= set(user.reasons()), describe="events")
+
+
+def test_an_invalid_job_says_so_and_asks_for_no_pod(place: Place, installation: Installation) -> None:
+    user, _ = place
+    user.create(make_job(notifications=[{"on": ["Complete"], "webhookRef": {"name": "hook"}}]))
+    installation.kube.wait_for(
+        JOBS, "cats", lambda job: condition(job, "Validated").get("status") == "False", namespace=user.namespace
+    )
+    assert "spec.notifications" in user.job()["status"]["message"]
+    assert "not supported yet: leave it out" in user.job()["status"]["message"]
+    assert installation.kube.items("pods", namespace=user.namespace) == []
+    user.change("cats", notifications=None)
+    user.wait_phase("Scheduling")
+
+
+def test_an_unknown_profile_heals_when_it_appears(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    name = f"late-{user.namespace}"
+    user.create(make_job(resources={"profile": name}))
+    installation.kube.wait_for(
+        JOBS,
+        "cats",
+        lambda job: condition(job, "Validated").get("reason") == "ProfileNotFound",
+        namespace=user.namespace,
+    )
+    installation.kube.apply(
+        {
+            "apiVersion": names.API_VERSION,
+            "kind": names.PROFILE_KIND,
+            "metadata": {"name": name},
+            "spec": {"device": "CPU"},
+        }
+    )
+    assert "resources" in kubelet.wait_for_pod("cats-1-0")["spec"]["containers"][0]
+
+
+def test_a_missing_secret_is_told_from_the_kubelets_events(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    user.create(make_job(credentials={"secretRef": {"name": "team-a-s3"}}))
+    pod = kubelet.wait_for_pod("cats-1-0")
+    installation.kube.api.create(
+        "events",
+        {
+            "metadata": {"name": "mount"},
+            "involvedObject": {
+                "kind": "Pod",
+                "name": "cats-1-0",
+                "namespace": user.namespace,
+                "uid": pod["metadata"]["uid"],
+            },
+            "reason": "FailedMount",
+            "type": "Warning",
+            "message": 'MountVolume.SetUp failed for volume "credentials" : secret "team-a-s3" not found',
+            "lastTimestamp": "2026-01-02T03:04:05Z",
+        },
+        namespace=user.namespace,
+    )
+    kubelet.bind("cats-1-0")
+    status = user.wait_phase("Preparing")
+    assert status["pending"]["cause"] == "MissingSecret"
+    assert 'secret "team-a-s3" not found' in status["pending"]["detail"]
+    kubelet.run("cats-1-0")
+    installation.kube.wait_for(JOBS, "cats", lambda job: "pending" not in job["status"], namespace=user.namespace)
+    assert user.job()["status"]["attempt"] == 1
+
+
+def test_quota_is_said_and_waited_for(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    quota = {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}, "status": {"hard": {"pods": "0"}}}
+    installation.kube.api.create("resourcequotas", quota, namespace=user.namespace)
+    # Without the quota controller nobody counts: the test does.
+    counted = {"status": {"hard": {"pods": "0"}, "used": {"pods": "0"}}}
+    installation.kube.api.patch("resourcequotas", "none", counted, namespace=user.namespace, subresource="status")
+    user.create(make_job())
+    installation.kube.wait_for(
+        JOBS,
+        "cats",
+        lambda job: job.get("status", {}).get("pending", {}).get("cause") == "QuotaExceeded",
+        namespace=user.namespace,
+    )
+    installation.kube.api.delete("resourcequotas", "none", namespace=user.namespace)
+    kubelet.wait_for_pod("cats-1-0")
+
+
+def test_a_deleted_job_is_forgotten_and_its_name_can_be_used_again(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    user.create(make_job())
+    kubelet.run("cats-1-0")
+    user.wait_phase("Preparing")
+    installation.kube.api.delete(JOBS, "cats", namespace=user.namespace)
+    user.create(make_job())
+    status = installation.kube.wait_for(
+        JOBS,
+        "cats",
+        lambda job: job.get("status", {}).get("pending", {}).get("cause") == "PodNameTaken",
+        namespace=user.namespace,
+        describe="the old job's pod to be in the way",
+    )["status"]
+    assert "earlier job of the same name" in status["pending"]["hint"]
+    kubelet.remove("cats-1-0")  # as the garbage collector does
+    pod = kubelet.wait_for_pod("cats-1-0")
+    assert pod["metadata"]["ownerReferences"][0]["uid"] == user.job()["metadata"]["uid"]
+
+
+def test_somebody_elses_job_is_left_alone(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    user.create(make_job(name="theirs", managedBy="example.com/other"))
+    user.create(make_job(name="ours"))
+    kubelet.wait_for_pod("ours-1-0")
+    assert "status" not in user.job("theirs")
+    assert installation.kube.find("pods", "theirs-1-0", namespace=user.namespace) is None
+
+
+def test_the_rights_of_the_manifest_are_enough_and_not_more_than_needed(installation: Installation) -> None:
+    entries = [json.loads(line) for line in Path(installation.audit_log).read_text().splitlines()]
+    mine = [entry for entry in entries if entry["user"]["username"].endswith(":diffusion-operator")]
+    # Quota answers 403 as well, but not because of missing rights.
+    assert [e for e in mine if "RBAC" in e.get("responseStatus", {}).get("message", "")] == []
+    used = {
+        (entry["objectRef"]["resource"], entry["objectRef"].get("subresource", ""), entry["verb"])
+        for entry in mine
+        if entry.get("objectRef") and entry["objectRef"]["resource"] != "selfsubjectaccessreviews"
+    }
+    assert {resource for resource, _, _ in used} == {names.JOB_PLURAL, names.PROFILE_PLURAL, "pods", "events"}
+    writes = {entry for entry in used if entry[2] not in {"get", "list", "watch"}}
+    assert writes <= {
+        (names.JOB_PLURAL, "status", "update"),
+        ("pods", "", "create"),
+        ("pods", "", "delete"),
+        ("events", "", "create"),
+    }
