@@ -1,0 +1,50 @@
+"""docs/reference says all that the code does, and nothing that it does not."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from diffusion_api import names, status
+from diffusion_operator.desired.event import REASONS
+from diffusion_operator.metrics import Metrics as OperatorMetrics
+from diffusion_operator.settings import PREFIX, Settings
+from diffusion_trainer.metrics import Metrics as TrainerMetrics
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "operator.md").read_text()
+
+
+def section(title):
+    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def first_column(title):
+    return set(re.findall(r"^\| `([^`]+)`", section(title), flags=re.MULTILINE))
+
+
+def exposed(registry):
+    return {family.name + ("_total" if family.type == "counter" else "") for family in registry.collect()}
+
+
+def test_settings():
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"failpoint", "kubeconfig"}
+    variables = {f"{PREFIX}{name.upper()}" for name in fields} | {"KUBECONFIG"}
+    assert first_column("Settings of the operator") == variables
+
+
+def test_events():
+    assert first_column("Events") == set(REASONS)
+
+
+def test_conditions():
+    assert first_column("Conditions") == set(status.CONDITIONS)
+
+
+def test_metrics():
+    operator = OperatorMetrics(version="0", jobs=list, depth=lambda: 0)
+    assert first_column("Metrics of the operator") == exposed(operator.registry)
+    assert first_column("Metrics of the trainer") == exposed(TrainerMetrics().registry)
+
+
+def test_labels():
+    labels = {value for name, value in vars(names).items() if name.startswith("LABEL_")}
+    assert first_column("Labels of a job's pods") == labels
