@@ -91,7 +91,7 @@ class Kube:
     ) -> Object:
         """Wait until the object exists and `until(object)` is true; return the object.
 
-        On timeout the error holds the object's status and its events.
+        On timeout the error holds the object's status, its events, and what its pods are doing.
         """
 
         def probe() -> Object | None:
@@ -102,13 +102,28 @@ class Kube:
             found = self.find(kind, name, namespace=namespace)
             status = json.dumps((found or {}).get("status"), indent=1)[:4000] if found else "(does not exist)"
             lines = self.events(namespace=namespace, about=name)[-10:] if namespace else []
-            return "\n".join([f"{kind} {name}: {status}", *lines])
+            pods = self._doing(name, namespace=namespace) if namespace else []
+            return "\n".join([f"{kind} {name}: {status}", *lines, *pods])
 
         what = describe or "the awaited condition"
         found = wait_until(probe, describe=f"{what} of {kind} {name}", timeout=timeout, detail=detail)
         if found is None:  # wait_until returns only what is true
             raise AssertionError(f"{kind} {name} vanished")
         return found
+
+    def _doing(self, prefix: str, *, namespace: str) -> list[str]:
+        """Return a few lines about each pod whose name starts so: phase, container states, events, the log's end."""
+        lines: list[str] = []
+        for pod in self.items("pods", namespace=namespace):
+            name = pod["metadata"]["name"]
+            if not name.startswith(prefix):
+                continue
+            states = [entry.get("state") for entry in pod["status"].get("containerStatuses", [])]
+            lines += [f"pod {name}: {pod['status'].get('phase')} {json.dumps(states)}"]
+            lines += self.events(namespace=namespace, about=name)[-5:]
+            with contextlib.suppress(ApiError):  # it may have several containers, or not have started
+                lines += self.logs(name, namespace=namespace).splitlines()[-15:]
+        return lines
 
     def wait_gone(self, kind: str, name: str, *, namespace: str | None = None, timeout: float = 60) -> None:
         """Wait until the object is gone."""
