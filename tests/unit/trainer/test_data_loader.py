@@ -102,6 +102,14 @@ def test_latents_are_drawn_from_the_posterior():
         assert np.allclose(batch.latents[i].numpy(), expected, atol=1e-6)
 
 
+def test_noise_belongs_to_step_and_slot():
+    (batch,) = steps(steps=range(3, 4))[0]
+    for i in range(12):
+        eps = stream(7, Purpose.NOISE, 3, i).standard_normal((4, 8, 6), dtype=np.float32)
+        assert np.array_equal(batch.noise[i].numpy(), eps)
+        assert batch.timesteps[i] == stream(7, Purpose.TIMESTEP, 3, i).integers(1000)
+
+
 def test_captions_are_dropped_where_the_plan_says_so():
     (batch,) = steps()[0]
     assert any(slot.drop_caption for slot in batch.slots)

@@ -80,6 +80,8 @@ def test_epochs_and_seeds_differ():
     lock = lock_of([0] * 30)
     plan = Plan(lock, batch_size=5, seed=1)
     assert order(plan, 0) != order(plan, 1)
+    together = [{frozenset(s.image for s in plan.batch(6 * epoch + i)) for i in range(6)} for epoch in (0, 1)]
+    assert together[0] != together[1], "the same images meet in every epoch"
     assert order(plan, 0) != order(Plan(lock, batch_size=5, seed=2), 0)
     assert order(plan, 0) != list(range(30))
 
