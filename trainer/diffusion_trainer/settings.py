@@ -16,6 +16,9 @@ ENV_METRICS_PORT = "DIFFUSION_METRICS_PORT"
 ENV_LOADER_WORKERS = "DIFFUSION_LOADER_WORKERS"
 """Processes that prepare batches; results do not depend on it."""
 MOST_LOADER_WORKERS = 4
+LONGEST_SCRATCH = 64
+"""Loader workers hand tensors over through sockets below TMPDIR, whose paths may have 107 characters; a longer one
+makes them wait for each other for ever. The system's own folder for temporary files takes its place then."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def settle(environ: MutableMapping[str, str], *, work: Path, deterministic: bool
     """
     scratch = work / "scratch"
     for variable, folder in {
-        "TMPDIR": "tmp",
+        **({"TMPDIR": "tmp"} if len(str(scratch)) <= LONGEST_SCRATCH else {}),
         "HF_HOME": "huggingface",
         "XDG_CACHE_HOME": "cache",
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
