@@ -5,6 +5,6 @@ which; `gobuild` builds what is asked for, once per machine, into the cache. Not
 """
 
 from testkit.tools.catalog import CLUSTER, CONTROL_PLANE, NODE, TOOLS
-from testkit.tools.gobuild import ToolError, binary, ensure
+from testkit.tools.gobuild import ToolError, binary, ensure, source
 
-__all__ = ["CLUSTER", "CONTROL_PLANE", "NODE", "TOOLS", "ToolError", "binary", "ensure"]
+__all__ = ["CLUSTER", "CONTROL_PLANE", "NODE", "TOOLS", "ToolError", "binary", "ensure", "source"]

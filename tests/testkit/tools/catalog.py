@@ -98,6 +98,12 @@ _RUNC = Module(
 _COREDNS = Module(folder="coredns", source="github.com/coredns/coredns")
 _PAUSE = Module(folder="pause", cgo=False)
 _VERSITYGW = Module(folder="versitygw", source="github.com/versity/versitygw")
+_KUEUE = Module(
+    folder="kueue",
+    source="sigs.k8s.io/kueue",
+    ldflags="-s -w -X sigs.k8s.io/kueue/pkg/version.GitVersion={version}",
+)
+_KWOK = Module(folder="kwok", source="sigs.k8s.io/kwok")
 _CNI = "github.com/containernetworking/plugins"
 
 
@@ -117,6 +123,8 @@ def _catalog() -> Mapping[str, Tool]:
         Tool(name="coredns", module=_COREDNS, package=_COREDNS.source),
         Tool(name="pause", module=_PAUSE, package="."),
         Tool(name="versitygw", module=_VERSITYGW, package=f"{_VERSITYGW.source}/cmd/versitygw"),
+        Tool(name="kueue", module=_KUEUE, package=f"{_KUEUE.source}/cmd/kueue"),
+        Tool(name="kwok", module=_KWOK, package=f"{_KWOK.source}/cmd/kwok"),
     ]
     return {tool.name: tool for tool in tools}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -40,6 +41,26 @@ def ensure(names: Iterable[str]) -> dict[str, Path]:
     return found
 
 
+def source(name: str) -> Path:
+    """Return the source of the module that the tool `name` is built from, at its pinned version: read-only.
+
+    It lies in Go's module cache and is downloaded when it is not there: manifests come from here, and are not copied.
+    Raises `ToolError`.
+    """
+    tool = TOOLS[name]
+    go = _toolchain(tool.module)
+    command = [str(go), "mod", "download", "-json", tool.source or tool.module.source]
+    done = subprocess.run(
+        command, cwd=tool.module.path, env=_environment(go), check=False, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        reason = (done.stdout + done.stderr).strip()[-600:]
+        raise ToolError(
+            f"the source of {name} {tool.version} could not be had (Go modules must be reachable): {reason}"
+        )
+    return Path(json.loads(done.stdout)["Dir"])
+
+
 def _home() -> Path:
     return cache_root() / "tools"
 
@@ -68,12 +89,12 @@ def _build(module: Module, tools: Sequence[Tool]) -> None:
     if not tools:  # another process built them while we waited for the lock
         return
     names = ", ".join(tool.name for tool in tools)
-    try:
-        if module.packages:
+    if module.packages:
+        try:
             distribution.require(module.packages, purpose=f"building {names}")
-        go = toolchain.go(module.go_version())
-    except (distribution.MissingPackagesError, toolchain.GoMissingError) as error:
-        raise ToolError(str(error)) from error
+        except distribution.MissingPackagesError as error:
+            raise ToolError(str(error)) from error
+    go = _toolchain(module)
     print(f"building {names} from source (once per machine and version)", file=sys.stderr, flush=True)
     began = time.monotonic()
     partial = _home() / f".{module.folder}.partial"
@@ -90,18 +111,29 @@ def _build(module: Module, tools: Sequence[Tool]) -> None:
     print(f"built {names} in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
-def _compile(go: Path, tool: Tool, output: Path) -> None:
-    module = tool.module
-    command = [str(go), "build", "-o", str(output), "-ldflags", module.ldflags.format(version=tool.version)]
-    if module.tags:
-        command += ["-tags", module.tags]
-    environment = os.environ | {
+def _toolchain(module: Module) -> Path:
+    try:
+        return toolchain.go(module.go_version())
+    except toolchain.GoMissingError as error:
+        raise ToolError(str(error)) from error
+
+
+def _environment(go: Path) -> dict[str, str]:
+    return os.environ | {
         # readonly: what is built is what go.sum says, or nothing. local: no other toolchain is downloaded in silence.
         "GOFLAGS": "-mod=readonly -buildvcs=false",
         "GOTOOLCHAIN": "local",
         "GOWORK": "off",
         "PATH": f"{go.parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+
+
+def _compile(go: Path, tool: Tool, output: Path) -> None:
+    module = tool.module
+    command = [str(go), "build", "-o", str(output), "-ldflags", module.ldflags.format(version=tool.version)]
+    if module.tags:
+        command += ["-tags", module.tags]
+    environment = _environment(go)
     if module.cgo is not None:
         environment["CGO_ENABLED"] = "1" if module.cgo else "0"
     done = subprocess.run(

@@ -66,6 +66,25 @@ def test_a_failed_build_leaves_nothing_and_says_why(monkeypatch):
     assert tools.binary("coredns").read_text() == "whole"
 
 
+def test_the_source_of_a_tool_is_found_at_its_pinned_version(fake_go, tmp_path):
+    program = tmp_path / "bin" / "go"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = version ] && { echo go version go1.99.0 linux/amd64; exit; }\n'
+        'echo "$PWD $*" > "$FAKE_GO_LOG"\n[ -n "$FAKE_GO_FAILS" ] && { echo no network >&2; exit 1; }\n'
+        """echo '{"Dir": "/modules/kueue@v0.17.0"}'\n"""
+    )
+    assert tools.source("kueue") == Path("/modules/kueue@v0.17.0")
+    folder = catalog.TOOLS["kueue"].module.path
+    assert fake_go.read_text() == f"{folder} mod download -json sigs.k8s.io/kueue\n"
+
+
+@pytest.mark.usefixtures("fake_go")
+def test_a_source_that_cannot_be_had_says_why(monkeypatch):
+    monkeypatch.setenv("FAKE_GO_FAILS", "1")
+    with pytest.raises(tools.ToolError, match=r"(?s)source of kwok v0\.8\.0 could not be had.*no such package"):
+        tools.source("kwok")
+
+
 @pytest.mark.usefixtures("fake_go")
 def test_an_interrupted_build_is_begun_anew():
     partial = gobuild._home() / ".coredns.partial"
