@@ -29,6 +29,7 @@ def files(root: Path) -> Iterator[tuple[Path, str]]:
             yield CHART_CRDS / name, _chart_copy(crd)
     yield Path("docs/reference/api.md"), f"<!-- {MARK} -->\n{reference.api()}"
     yield Path("docs/reference/causes.md"), f"<!-- {MARK} -->\n{reference.causes()}"
+    yield Path("docs/reference/waiting.md"), f"<!-- {MARK} -->\n{reference.why_it_waits()}"
     yield Path("examples/reference.yaml"), f"# {MARK}\n{reference.example()}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from diffusion_api import names, outcomes, schema
+from diffusion_api import names, outcomes, schema, waiting
 from diffusion_api.job import JobSpec
 from diffusion_api.meta import ApiModel
 from diffusion_api.status import JobStatus
@@ -185,3 +185,50 @@ _ACTIONS = {
     outcomes.Action.FAIL: "the job fails: trying again cannot help",
     outcomes.Action.IGNORE: "a newer attempt is in charge",
 }
+
+
+def why_it_waits() -> str:
+    """Return the reference of what `status.pending` can say."""
+    rows = (
+        f"| {rank} | `{wait.cause}`{f' ({wait.variant})' if wait.variant else ''} | {wait.explanation} | "
+        f"{wait.hint.replace('{', '<').replace('}', '>')} |"
+        for rank, cause in enumerate(waiting.WaitingCause, start=1)
+        for wait in waiting.WAITS
+        if wait.cause == cause
+    )
+    return "\n".join(
+        [
+            "# Why a job waits",
+            "",
+            "`status.pending` says in `cause` why the pods of a job do not run, in `detail` what was seen, and in",
+            "`hint` what can be done. It is judged in this order, and the first answer counts:",
+            "",
+            *_JUDGEMENT,
+            "",
+            "Of several pods the one speaks whose cause has the lowest number below: what nobody can wait out comes",
+            "before what passes by itself. What is not recognised is `Unknown`, with the words of whoever said it.",
+            "",
+            "| | cause | meaning | what you can do |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+_JUDGEMENT = (
+    "1. The API server refused to create the pod: its sentence.",
+    "2. A pod with a node: its container's waiting reason (image, configuration); its node, if it is not ready; mounts",
+    "   that failed since the last stage passed; the sandbox; a pull in progress; else it starts.",
+    "3. A pod without a node:",
+    "   1. scheduling gates: Kueue's through the Workload, others by name;",
+    "   2. a nominated node: pods of lower priority are being stopped;",
+    "   3. PersistentVolumeClaims that the scheduler names;",
+    "   4. an autoscaler's promise, shortage or failure, if it is its newest word and recent;",
+    "   5. the nodes: one with the resource and the labels, without untolerated taints, ready, large enough, with free",
+    "      GPUs on one node, with free CPU, memory, disk and room for a pod; the first that no node passes. A full",
+    "      node group counts where a node of the profile exists, because the autoscaler names every full group;",
+    "   6. where a node seems to have room or nodes are not known: the scheduler's own sentence.",
+    "",
+    "Events count when they are about this very pod (by uid) and not older than 15 minutes (35 for promises).",
+)

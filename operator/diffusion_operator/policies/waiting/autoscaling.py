@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,49 +24,67 @@ FAILURES = 2
 
 _C = WaitingCause
 _CLAIM = re.compile(r"nodeclaim/([a-z0-9.-]{1,253})")
-_LIMIT = ("max node group size reached", "max cluster", "max limit reached", "limit reached")
+_POOL = re.compile(r"nodepool \"([^\"]{1,253})\"|NodePool=\"?([A-Za-z0-9.-]{1,253})")
+_TAINT = re.compile(
+    r"did not tolerate (?:taint[^a-zA-Z0-9]{1,3}(?:taint=)?)?([A-Za-z0-9./_-]+(?:=[^:;,\s]*)?:[A-Za-z]+)"
+)
+_LIMIT = ("max node group size reached", "max cluster", "limit reached")
 _BACKOFF = "in backoff after failed scale-up"
 _NO_CAPACITY = ("out of resources", "RESOURCE_POOL_EXHAUSTED", "InsufficientInstanceCapacity", "insufficient capacity")
-_QUOTA = ("quota exceeded", "QUOTA_EXCEEDED", "LimitExceeded", "QuotaExceeded", "quota")
-_POOL_LIMIT = ("exceed limits for nodepool", "limits have been exhausted", "would exceed limit")
-_TOO_SMALL = (
-    "has enough resources",
-    "had enough resources",
-    "have enough resources",
-    "had the required resources",
-    "no instance type satisfied resources",
+_QUOTA = ("quota", "QUOTA", "Quota", "LimitExceeded")
+_POOL_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("limit", ("exceed limits for nodepool", "limits have been exhausted")),
+    ("offering", ("has the required offering", "had enough resources, had a required offering")),
+    ("size", ("type has enough resources", "had enough resources or had a", "offering had the required resources")),
 )
-_NO_OFFERING = ("the required offering", "a required offering")
-_NO_LABELS = ("incompatible requirements", "did not tolerate", "met the scheduling requirements")
+"""How near a NodePool came to the pod, by Karpenter's words (v1.14, and the same in brackets since v0.32)."""
 
 
-def why_not_scaled(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis | None:
-    """Return what the autoscaler is at; None where there is none or it only repeats what the scheduler says."""
+@dataclass(frozen=True)
+class Verdict:
+    """What an autoscaler last said."""
+
+    diagnosis: Diagnosis
+    kind: str
+    """`firm` stands whatever the nodes look like; `limit`, `size` and `labels` may speak of groups that do not matter:
+    the cluster autoscaler names every group that is full, also those that no pod of ours could use."""
+
+
+def verdict(facts: WaitingFacts, pod: Any, *, now: datetime, pools: frozenset[str]) -> Verdict | None:
+    """Return what the autoscaler is at; None where there is none or it has not spoken lately.
+
+    `pools`: the NodePools of the nodes that fit the pod.
+    """
     about = [said for said in events.about_pod(facts.events, pod) if said.fresh(now, PROMISE + events.FRESH)]
-    return _cloud_has_none(facts, about, now=now) or _newest_word(facts, about, now=now)
-
-
-def _newest_word(facts: WaitingFacts, about: list[Said], *, now: datetime) -> Diagnosis | None:
-    words = [said for said in about if _judgement(said) is not None]
+    shortage = _failed_claims(facts, about, now=now)
+    if shortage is not None:
+        return Verdict(shortage, "firm")
+    words = [said for said in about if _is_word(said)]
     if not words:
         return None
     newest = words[-1]
     if newest.reason in {"TriggeredScaleUp", "Nominated"}:
-        return _promised(newest, now=now)
-    if not newest.fresh(now):
-        return None
-    failed = events.newest(words, "FailedScaleUp")
+        return Verdict(_promised(newest, now=now), "firm")
+    return _refused(facts, words, pools) if newest.fresh(now) else None
+
+
+def _refused(facts: WaitingFacts, words: list[Said], pools: frozenset[str]) -> Verdict | None:
+    newest, failed = words[-1], events.newest(words, "FailedScaleUp")
     if newest.reason == "NotTriggerScaleUp" and _BACKOFF in newest.message and failed is not None:
         newest = failed
-    return _refused(facts, newest)
+    if newest.reason == "FailedScaleUp":
+        return Verdict(_failed(facts, newest), "firm")
+    if newest.reason == "NotTriggerScaleUp":
+        return _cluster_autoscaler(newest)
+    return _karpenter(facts, newest, pools)
 
 
-def _judgement(said: Said) -> Said | None:
-    """Return the event if an autoscaler gave it; kube-scheduler's FailedScheduling is none."""
+def _is_word(said: Said) -> bool:
+    """Return whether an autoscaler said it: FailedScheduling is also kube-scheduler's."""
     if said.reason in {"TriggeredScaleUp", "NotTriggerScaleUp", "FailedScaleUp", "Nominated"}:
-        return said
+        return True
     karpenter = said.message.startswith("Failed to schedule pod") or "karpenter" in said.source
-    return said if said.reason == "FailedScheduling" and karpenter else None
+    return said.reason == "FailedScheduling" and karpenter
 
 
 def _promised(said: Said, *, now: datetime) -> Diagnosis:
@@ -73,14 +92,6 @@ def _promised(said: Said, *, now: datetime) -> Diagnosis:
         return diagnosis(_C.NODE_PROVISIONING, said.message)
     minutes = int((now - said.at) / timedelta(minutes=1))
     return diagnosis(_C.AUTOSCALER_REFUSED, f"no node came in {minutes} minutes after: {said.message}", "late")
-
-
-def _refused(facts: WaitingFacts, said: Said) -> Diagnosis | None:
-    if said.reason == "FailedScaleUp":
-        return _failed(facts, said)
-    if said.reason == "NotTriggerScaleUp":
-        return _cluster_autoscaler(said)
-    return _karpenter(facts, said)
 
 
 def _failed(facts: WaitingFacts, said: Said) -> Diagnosis:
@@ -92,37 +103,57 @@ def _failed(facts: WaitingFacts, said: Said) -> Diagnosis:
     return diagnosis(_C.AUTOSCALER_REFUSED, said.message, "late" if late else "")
 
 
-def _cluster_autoscaler(said: Said) -> Diagnosis | None:
+def _cluster_autoscaler(said: Said) -> Verdict | None:
     reasons = messages.autoscaler(said.message)
     if any(reason.says(*_LIMIT) for reason in reasons):
-        return diagnosis(_C.AUTOSCALER_REFUSED, said.message, "limit")
+        return Verdict(diagnosis(_C.AUTOSCALER_REFUSED, said.message, "limit"), "limit")
     if any(reason.says(_BACKOFF) for reason in reasons):
-        return diagnosis(_C.AUTOSCALER_REFUSED, said.message)
-    fits = [reason for reason in reasons if reason.says(messages.INSUFFICIENT)]
-    return diagnosis(_C.AUTOSCALER_REFUSED, said.message, "size") if fits else None
+        return Verdict(diagnosis(_C.AUTOSCALER_REFUSED, said.message), "firm")
+    if any(reason.says(messages.INSUFFICIENT) for reason in reasons):
+        return Verdict(diagnosis(_C.AUTOSCALER_REFUSED, said.message, "size"), "size")
+    taints = [messages.taint_in(reason) for reason in reasons if reason.says(*messages.TAINT)]
+    gpu = [taint for taint in taints if _is_gpu(taint)]
+    if gpu:
+        return Verdict(diagnosis(_C.TAINT_OR_SELECTOR_MISMATCH, said.message, "taint", taint=gpu[0]), "labels")
+    return None
 
 
-def _karpenter(facts: WaitingFacts, said: Said) -> Diagnosis | None:
-    """Judge by the NodePool that came nearest: its limits, its offerings, its sizes; labels come last."""
-    pools = _pools(said.message)
-    if any(_any(pool, _POOL_LIMIT) for pool in pools):
-        return diagnosis(_C.AUTOSCALER_REFUSED, said.message, "limit")
-    candidates = [pool for pool in pools if not _any(pool, ("incompatible requirements", "did not tolerate"))]
-    if any(_any(pool, _NO_OFFERING) and not _any(pool, ("met the scheduling requirements or",)) for pool in candidates):
-        return _shortage(facts, said.message)
-    if any(_any(pool, _TOO_SMALL) for pool in candidates):
-        return diagnosis(_C.AUTOSCALER_REFUSED, said.message, "size")
-    return diagnosis(_C.AUTOSCALER_REFUSED, said.message) if candidates else None
+def _karpenter(facts: WaitingFacts, said: Said, pools: frozenset[str]) -> Verdict:
+    """Judge by the NodePool that came nearest.
+
+    Limits are looked at before labels, so a pool at its limit need not be one for this pod: it is where nodes that fit
+    are of it, or where no other pool came as near.
+    """
+    parts = [part.strip() for part in said.message.removeprefix("Failed to schedule pod,").split(";") if part.strip()]
+    classes = {_class_of(part) for part in parts}
+    limited = {found[1] or found[2] for part in parts if _class_of(part) == "limit" for found in _POOL.finditer(part)}
+    if limited & pools:
+        return Verdict(diagnosis(_C.AUTOSCALER_REFUSED, said.message, "limit"), "firm")
+    if "offering" in classes:
+        return Verdict(_shortage(facts, said.message), "firm")
+    for kind in ("size", "limit"):
+        if kind in classes:
+            return Verdict(diagnosis(_C.AUTOSCALER_REFUSED, said.message, kind), "firm")
+    taints = [found[1] for part in parts for found in _TAINT.finditer(part) if "incompatible requirements" not in part]
+    gpu = [taint for taint in taints if _is_gpu(taint)]
+    if gpu:
+        return Verdict(diagnosis(_C.TAINT_OR_SELECTOR_MISMATCH, said.message, "taint", taint=gpu[0]), "labels")
+    return Verdict(diagnosis(_C.AUTOSCALER_REFUSED, said.message), "labels")
 
 
-def _pools(message: str) -> list[str]:
-    body = message.removeprefix("Failed to schedule pod,").strip()
-    return [part.strip() for part in body.split(";") if part.strip()]
+def _class_of(part: str) -> str:
+    if _any(part, ("incompatible requirements", "did not tolerate")):
+        return "labels"
+    return next((kind for kind, words in _POOL_CLASSES if _any(part, words)), "labels")
 
 
-def _cloud_has_none(facts: WaitingFacts, about: list[Said], *, now: datetime) -> Diagnosis | None:
+def _is_gpu(taint: str) -> bool:
+    return "gpu" in taint.lower() or "accelerator" in taint.lower()
+
+
+def _failed_claims(facts: WaitingFacts, about: list[Said], *, now: datetime) -> Diagnosis | None:
     """Return the shortage that the failed NodeClaims of this pod tell of: Karpenter tries again without end."""
-    claims = [match[1] for said in about if said.reason == "Nominated" for match in _CLAIM.finditer(said.message)]
+    claims = [found[1] for said in about if said.reason == "Nominated" for found in _CLAIM.finditer(said.message)]
     failed = [
         said
         for said in events.about_claims(facts.events)

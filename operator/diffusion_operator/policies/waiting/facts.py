@@ -17,6 +17,8 @@ MAX_TEXT = 1024
 class WaitingFacts:
     """Everything that may tell why pods wait. Objects are raw JSON; whatever is missing narrows the diagnosis only."""
 
+    namespace: str = "<namespace>"
+    """The job's."""
     pods: tuple[Any, ...] = ()
     """The job's pods of the open attempt."""
     wanted: int = 1

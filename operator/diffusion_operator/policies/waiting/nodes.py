@@ -47,6 +47,8 @@ COMING = frozenset(
 )
 """Taints of nodes that are still being set up; the last two are prefixes of the admin's own."""
 
+_PRESSURES = ("DiskPressure", "MemoryPressure", "PIDPressure", "NetworkUnavailable")
+
 _Expression = Mapping[str, Any]
 
 
@@ -163,8 +165,9 @@ def ready(node: Any) -> bool:
 
 
 def trouble(node: Any) -> str:
-    """Return what the node says about itself where it is not ready."""
-    found = reading.condition(node, "Ready")
+    """Return what the node says about itself where it is not well."""
+    pressures = [reading.condition(node, kind) for kind in _PRESSURES]
+    found = next((entry for entry in pressures if entry.get("status") == "True"), reading.condition(node, "Ready"))
     said = [reading.text(found, key) for key in ("reason", "message")]
     return ": ".join(entry for entry in said if entry) or "it has not said that it is ready"
 

@@ -97,3 +97,9 @@ def name(value: Any) -> str:
 def namespace(value: Any) -> str:
     """Return the object's namespace."""
     return text(value, "metadata", "namespace")
+
+
+def names_of(pod: Any) -> dict[str, str]:
+    """Return the pod's names as hints show them; what it lacks is left out."""
+    found = {"pod": name(pod), "namespace": namespace(pod), "node": text(pod, "spec", "nodeName")}
+    return {key: value for key, value in found.items() if value}
