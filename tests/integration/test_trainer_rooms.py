@@ -317,6 +317,12 @@ def test_pictures_are_those_of_the_pipeline(family, pipeline):
         assert np.abs(np.asarray(picture) - wanted * 255).max() <= 1
 
 
+def test_half_precision_draws_nearly_the_same(folder, family):
+    picture = np.asarray(sample_grid(family, PROMPTS[:1], size=(64, 64)).pictures[0]).astype(int)
+    half = np.asarray(sample_grid(opened(folder, torch.bfloat16), PROMPTS[:1], size=(64, 64)).pictures[0]).astype(int)
+    assert np.abs(picture - half).mean() < 3
+
+
 def test_grids_are_deterministic_and_carry_their_parameters(family, tmp_path):
     family.denoiser.train()
     grid = sample_grid(family, PROMPTS, size=(64, 64))
