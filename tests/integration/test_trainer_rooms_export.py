@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusion_api.job import TrainerSpec
-from diffusion_trainer.export import export_diffusers, export_kohya
+from diffusion_trainer.export import export_diffusers, export_kohya, export_single_file, original_names
 from diffusion_trainer.models import add_lora, open_model
 from testkit.tiny import make_tiny_sd1
 
@@ -215,9 +215,80 @@ def test_kohya_metadata(folder, tmp_path):
     assert metadata["ss_new_sd_model_hash"] == hashlib.sha256(unet).hexdigest()
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 2.0)])
+def test_the_single_file_loaded_by_a_pipeline_is_the_model_that_was_trained(folder, tmp_path, rank, alpha):
+    """diffusers' way from the original names back to its own is code that is not ours."""
+    from diffusers.loaders import single_file_utils
+
+    job = spec(folder, rank, alpha)
+    family, weights = trained(job, folder)
+    (path,) = export_single_file(weights, family, job, folder=tmp_path)
+    content = load_file(path)
+    unet = base_unet(folder)
+    unet.load_state_dict(single_file_utils.convert_ldm_unet_checkpoint(dict(content), unet.config))
+    assert (predicted(unet) - predicted(family.denoiser)).abs().max() < 1e-5
+    vae = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    config = json.loads((folder / "vae/config.json").read_text())
+    back = single_file_utils.convert_ldm_vae_checkpoint(dict(content), config)
+    assert set(back) == set(vae)
+    assert all(torch.equal(back[name], vae[name]) for name in vae)
+    text = load_file(folder / "text_encoder/model.safetensors")
+    prefix = "cond_stage_model.transformer.text_model."
+    assert all(torch.equal(content[prefix + name], value) for name, value in text.items())
+    assert torch.equal(content[prefix + "embeddings.position_ids"], torch.arange(77)[None])
+    assert len(content) == len(unet.state_dict()) + len(vae) + len(text) + 1
+
+
+def test_the_names_of_the_real_sd1_are_those_of_its_checkpoint():
+    """686 weights of the UNet and 248 of the VAE; some names as they stand in v1-5-pruned.ckpt."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = original_names.unet(UNet2DConditionModel(cross_attention_dim=768).state_dict())
+        vae = original_names.vae(
+            AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+            ).state_dict()
+        )
+    assert (len(set(unet.values())), len(set(vae.values()))) == (686, 248)
+    assert {name.removeprefix("model.diffusion_model.") for name in unet.values()} >= {
+        "time_embed.2.bias",
+        "input_blocks.0.0.weight",
+        "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight",
+        "input_blocks.3.0.op.weight",
+        "input_blocks.4.0.skip_connection.weight",
+        "input_blocks.11.0.out_layers.3.weight",
+        "middle_block.1.proj_in.weight",
+        "middle_block.2.in_layers.0.weight",
+        "output_blocks.2.1.conv.weight",
+        "output_blocks.5.2.conv.weight",
+        "output_blocks.8.2.conv.bias",
+        "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight",
+        "out.2.bias",
+    }
+    assert {name.removeprefix("first_stage_model.") for name in vae.values()} >= {
+        "encoder.down.0.downsample.conv.weight",
+        "encoder.down.1.block.0.nin_shortcut.weight",
+        "encoder.mid.attn_1.proj_out.weight",
+        "encoder.norm_out.weight",
+        "decoder.mid.block_2.conv1.weight",
+        "decoder.up.0.block.2.norm2.weight",
+        "decoder.up.3.upsample.conv.weight",
+        "quant_conv.weight",
+    }
+
+
+def test_a_weight_that_is_no_sd1s_is_refused():
+    with pytest.raises(ValueError, match=r"add_embedding\.linear_1\.weight is no weight"):
+        original_names.unet(["down_blocks.0.resnets.0.norm1.weight", "add_embedding.linear_1.weight"])
+
+
 def test_equal_weights_give_equal_files(folder, tmp_path):
     """Whatever the job is called, wherever it lies, and whenever it is exported."""
-    for export in (export_kohya, export_diffusers):
+    for export in (export_kohya, export_diffusers, export_single_file):
         files = []
         for name in ("one", "two"):
             job = spec(folder, 4, 2.0, output={"destination": f"file:///{name}"})

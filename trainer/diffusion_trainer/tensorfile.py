@@ -7,7 +7,8 @@ would give different files. The format: https://github.com/huggingface/safetenso
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -24,20 +25,30 @@ _DTYPES = {
 
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a file with these tensors: wide types first, so that all are aligned, then by name."""
+    """Return the bytes of a file with these tensors."""
+    return b"".join(_pieces(tensors, metadata))
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file without ever holding all of it in memory."""
+    with path.open("wb") as file:
+        file.writelines(_pieces(tensors, metadata))
+
+
+def _pieces(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """Yield header and data: wide types first, so that all are aligned, then by name."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    data = bytearray()
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        start = len(data)
-        data += raw(tensor)
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, len(data)],
-        }
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    start = 0
+    for name, tensor in ordered:
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text + bytes(data)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield raw(tensor)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

@@ -6,5 +6,6 @@ Equal weights give equal bytes: no times, no names of jobs, no paths.
 
 from diffusion_trainer.export.diffusers_format import export_diffusers
 from diffusion_trainer.export.kohya_format import export_kohya
+from diffusion_trainer.export.single_file import export_single_file
 
-__all__ = ["export_diffusers", "export_kohya"]
+__all__ = ["export_diffusers", "export_kohya", "export_single_file"]

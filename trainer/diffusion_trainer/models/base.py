@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -81,6 +82,10 @@ class Family(Protocol):
 
     def text_hash(self) -> str:
         """Return the sha256 of everything that decides what `encode_text` returns."""
+        ...
+
+    def weight_files(self) -> dict[str, Path]:
+        """Return the weight files as they were published, by their path in the model's folder."""
         ...
 
     def file_hashes(self) -> dict[str, str]:

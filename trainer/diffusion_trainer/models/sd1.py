@@ -106,6 +106,9 @@ class StableDiffusion1:
         tokenizer = sorted((self._folder / "tokenizer").glob("*"))
         return self._digest("text_encoder", ["text_encoder/config.json", *(f"tokenizer/{p.name}" for p in tokenizer)])
 
+    def weight_files(self) -> dict[str, Path]:  # noqa: D102
+        return dict(self._weights)
+
     def file_hashes(self) -> dict[str, str]:  # noqa: D102
         return {relative: self._file_hash(relative) for relative in sorted(self._weights)}
 
@@ -144,6 +147,9 @@ def _loaded(kind: Any, folder: Path, **how: Any) -> Any:
 
 def _text_encoder(folder: Path) -> tuple[Any, Any]:
     from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a pod's log is no terminal
 
     encoder = _loaded(CLIPTextModel, folder / "text_encoder", dtype=torch.float32, trust_remote_code=False)
     try:
