@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_api.dataset import Dataset
@@ -12,6 +12,7 @@ def dataset(resolution=512, **sections):
     return Dataset.model_validate({"source": "file:///d", "resolution": resolution, **sections})
 
 
+@settings(deadline=None)
 @given(
     resolution=st.integers(8, 256).map(lambda n: 8 * n),
     step=st.sampled_from([8, 16, 32, 64, 128]),
@@ -72,6 +73,7 @@ def test_one_image_is_enough():
     assert len(choose([LANDSCAPE], dataset(), batch_size=64)) == 1
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.tuples(st.integers(64, 4000), st.integers(64, 4000)), min_size=1, max_size=30))
 def test_the_choice_does_not_depend_on_the_order(sizes):
     assert choose(sizes, dataset(), batch_size=4) == choose(sizes[::-1], dataset(), batch_size=4)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -214,6 +214,7 @@ def test_the_files_of_other_programs_are_passed_over(folder):
 contents = st.sets(st.integers(0, 10**6).map(str), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(contents=contents, fraction=st.floats(0, 0.99), seed=st.integers(0, 2**53))
 def test_a_split_keeps_something_to_train_on_and_holds_out_what_was_asked(contents, fraction, seed):
     sides = split(contents, fraction, seed=seed)
@@ -226,6 +227,7 @@ def test_a_split_keeps_something_to_train_on_and_holds_out_what_was_asked(conten
         assert held_out == min(max(1, round(fraction * len(contents))), len(contents) - 1)
 
 
+@settings(deadline=None)
 @given(contents=contents, seed=st.integers(0, 2**53))
 def test_an_image_more_moves_at_most_one_other_across(contents, seed):
     before, after = split(contents, 0.2, seed=seed), split(contents | {"new"}, 0.2, seed=seed)
