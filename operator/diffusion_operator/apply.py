@@ -9,10 +9,13 @@ from __future__ import annotations
 from datetime import datetime
 
 from diffusion_api import names
+from diffusion_api.waiting import WaitingCause
+from diffusion_api.waiting_table import hint
 from diffusion_operator.cluster import Cluster
 from diffusion_operator.desired import event
 from diffusion_operator.errors import ExistsError, NotFoundError, RefusedError
 from diffusion_operator.knowledge import Knowledge
+from diffusion_operator.policies.waiting.refused import why_refused
 from diffusion_operator.state import Decision, Job, Object, Refusal
 from diffusion_operator.status import to_object
 
@@ -66,16 +69,14 @@ async def _create(manifest: Object, job: Job, *, knowledge: Knowledge, cluster: 
         pod = await cluster.get_pod(metadata["namespace"], metadata["name"])
         if not _is_ours(pod, manifest):
             knowledge.refusals[job.uid] = Refusal(
-                cause="PodNameTaken",
+                cause=WaitingCause.POD_NAME_TAKEN,
                 detail=f"a pod {metadata['name']} exists and is not of this job",
-                hint=(
-                    "one of an earlier job of the same name goes by itself; otherwise delete it: "
-                    f"kubectl delete pod {metadata['name']} --namespace {metadata['namespace']}"
-                ),
+                hint=hint(WaitingCause.POD_NAME_TAKEN, pod=metadata["name"], namespace=metadata["namespace"]),
             )
             raise RefusedError(f"pod {metadata['name']}: the name is taken by a pod that is not of this job") from None
     except RefusedError as error:
-        knowledge.refusals[job.uid] = _refusal(str(error))
+        found = why_refused(str(error), namespace=job.namespace)
+        knowledge.refusals[job.uid] = Refusal(cause=found.cause, detail=found.detail, hint=found.hint)
         raise
     knowledge.refusals.pop(job.uid, None)
     knowledge.pods.put(pod)
@@ -85,15 +86,3 @@ def _is_ours(pod: Object, manifest: Object) -> bool:
     """Return whether an existing pod is the one that was to be created: of the same job, and of the same attempt."""
     found, wanted = pod["metadata"].get("labels") or {}, manifest["metadata"]["labels"]
     return all(found.get(key) == wanted[key] for key in (names.LABEL_JOB_UID, names.LABEL_ATTEMPT, names.LABEL_RANK))
-
-
-def _refusal(message: str) -> Refusal:
-    if "exceeded quota" in message:
-        return Refusal(
-            cause="QuotaExceeded", detail=message, hint="wait for other pods to end, or ask for a larger quota"
-        )
-    if "violates PodSecurity" in message:
-        return Refusal(
-            cause="PodSecurity", detail=message, hint="ask who runs the cluster about the namespace's policy"
-        )
-    return Refusal(cause="AdmissionRejected", detail=message, hint="the message names what the API server refused")

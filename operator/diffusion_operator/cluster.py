@@ -7,6 +7,7 @@ more than the request.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
 from diffusion_api import names
+from diffusion_operator import surroundings
 from diffusion_operator.cache import Listing
 from diffusion_operator.errors import (
     ClusterError,
@@ -28,7 +30,9 @@ from diffusion_operator.errors import (
     UnavailableError,
 )
 from diffusion_operator.settings import Failpoint, Settings
-from diffusion_operator.state import Object
+from diffusion_operator.state import Object, Surroundings
+
+logger = logging.getLogger(__name__)
 
 JOBS = f"/apis/{names.API_VERSION}/{names.JOB_PLURAL}"
 PROFILES = f"/apis/{names.API_VERSION}/{names.PROFILE_PLURAL}"
@@ -71,6 +75,9 @@ class Cluster(Protocol):
 
     async def list_pod_events(self, pod: Object) -> tuple[Object, ...]:
         """Return the events about the pod."""
+
+    async def look_around(self) -> Surroundings:
+        """Return nodes, everybody's pods that have one, and events about machines; without what may not be read."""
 
     async def create_event(self, event: Object) -> None:
         """Create the event; ExistsError where there is one of that name."""
@@ -153,6 +160,23 @@ class KubernetesCluster:
         found = await self._request("GET", path, query={"fieldSelector": f"involvedObject.uid={metadata['uid']}"})
         return tuple(found["items"])
 
+    async def look_around(self) -> Surroundings:
+        """Return what else is in the cluster, reduced to what decides about placing."""
+        nodes = await self._readable("/api/v1/nodes", surroundings.node)
+        pods = await self._readable("/api/v1/pods", surroundings.placed_pod, fieldSelector=surroundings.PLACED_PODS)
+        # Events about objects without a namespace are in `default`.
+        path = _within("default", "/api/v1/events")
+        events = await self._readable(path, lambda event: event, fieldSelector=surroundings.CLAIM_EVENTS)
+        return Surroundings(nodes=nodes, pods=pods, claim_events=events or ())
+
+    async def _readable(self, path: str, reduce: Callable[[Object], Object], **query: str) -> tuple[Object, ...] | None:
+        """Return the reduced objects; None where the operator has not been given the right to list them."""
+        try:
+            return (await self._list(path, query, reduce)).items
+        except RefusedError as error:
+            logger.debug("not looked at: %s", error)
+            return None
+
     async def create_event(self, event: Object) -> None:
         """Create the event."""
         await self._request("POST", _within(event["metadata"]["namespace"], "/api/v1/events"), body=event)
@@ -165,12 +189,14 @@ class KubernetesCluster:
         # The oldest of the versions: what is newer than any of the lists may be missing from it.
         return Listing(items=items, resource_version=min(listing.resource_version for listing in listings))
 
-    async def _list(self, path: str, query: dict[str, str]) -> Listing:
+    async def _list(
+        self, path: str, query: dict[str, str], reduce: Callable[[Object], Object] = lambda item: item
+    ) -> Listing:
         items: list[Object] = []
         page: dict[str, str] = {}
         while True:
             found = await self._request("GET", path, query={**query, "limit": str(PAGE), **page})
-            items += found["items"]
+            items += map(reduce, found["items"])
             token = found["metadata"].get("continue")
             if not token:
                 version = int(found["metadata"]["resourceVersion"])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 
 from diffusion_operator.cache import Cache, PodCache, owner_uid
 from diffusion_operator.cluster import Cluster
-from diffusion_operator.state import Object, Refusal
+from diffusion_operator.state import Job, Object, Refusal, Surroundings
+
+AROUND_SECONDS = 30
+"""Least seconds between two looks at the rest of the cluster, however many jobs wait."""
 
 
 @dataclass
@@ -21,6 +26,8 @@ class Knowledge:
     """By job uid: why the API server did not create a pod, at the last attempt to."""
     told: dict[str, set[str]] = field(default_factory=dict)
     """By job uid: names of events that exist already."""
+    _around: tuple[datetime, Surroundings] | None = None
+    _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def forget(self, uid: str) -> None:
         """Forget everything about a job that is gone."""
@@ -41,6 +48,18 @@ class Knowledge:
         for profile in self.profiles.replace(await cluster.list_profiles()):
             for uid in self.jobs_with(profile):
                 changed(uid)
+
+    async def around(self, cluster: Cluster, *, now: datetime) -> Surroundings:
+        """Return the rest of the cluster as it was at most `AROUND_SECONDS` ago."""
+        async with self._looking:
+            if self._around is None or now - self._around[0] >= timedelta(seconds=AROUND_SECONDS):
+                found = await cluster.look_around()
+                self._around = (now, replace(found, job_ends=self._job_ends()))
+            return self._around[1]
+
+    def _job_ends(self) -> dict[str, datetime]:
+        jobs = (Job.read(raw) for raw in self.jobs if (raw.get("status") or {}).get("progress"))
+        return {f"{job.namespace}/{job.name}": end for job in jobs if (end := job.expected_end) is not None}
 
     def jobs_with(self, profile: Object) -> list[str]:
         """Return the uids of the jobs that ask for the profile."""

@@ -50,7 +50,8 @@ class Reconciler:
             knowledge=self.knowledge,
             cluster=self.cluster,
             progress=self.progress,
-            trainer_image=self.settings.trainer_image,
+            settings=self.settings,
+            now=now,
         )
         decision = decide(job, seen, now=now, status_seconds=self.settings.status_seconds)
         logger.debug("job %s/%s: %s", job.namespace, job.name, decision.rule)

@@ -85,6 +85,15 @@ class Job:
         return found is not None and found.status == "True"
 
     @property
+    def expected_end(self) -> datetime | None:
+        """When it expects to be done, by its last report; None where it does not run or cannot tell."""
+        progress = self.status.progress
+        if progress is None or progress.estimated_remaining_seconds is None or not self.holds("PodsReady"):
+            return None
+        said_at = timestamps.from_text(progress.last_updated_time)
+        return said_at + timedelta(seconds=progress.estimated_remaining_seconds)
+
+    @property
     def finished(self) -> bool:
         """Whether it is complete or failed, for ever."""
         return self.holds("Complete") or self.holds("Failed")
@@ -148,6 +157,17 @@ class SeenPod:
     def finished(self) -> bool:
         """Whether its container has ended for good."""
         return self.phase in {"Succeeded", "Failed"}
+
+    @property
+    def waits_on_its_node(self) -> bool:
+        """Whether it has a node and does not run yet."""
+        return not self.gone and not self.deleting and self.phase == "Pending" and bool(self.node)
+
+    @property
+    def unschedulable(self) -> bool:
+        """Whether the scheduler has tried and found no node. A gated pod has not been tried."""
+        waits = not self.gone and not self.deleting and not self.node
+        return waits and self.condition("PodScheduled").get("reason") == "Unschedulable"
 
     def condition(self, kind: str) -> Mapping[str, Any]:
         """Return the condition of that type; empty where it has none."""
@@ -232,6 +252,19 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """The rest of the cluster, as far as it explains why pods wait. None is what the operator may not read."""
+
+    nodes: tuple[Object, ...] | None = None
+    pods: tuple[Object, ...] | None = None
+    """Everybody's pods that have a node."""
+    claim_events: tuple[Object, ...] = ()
+    """Events about machines that could not be had."""
+    job_ends: Mapping[str, datetime] = field(default_factory=dict)
+    """When jobs expect to end, by `namespace/name`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Observed:
     """Everything that was seen of one job, besides the job."""
 
@@ -244,6 +277,8 @@ class Observed:
     """Names of all profiles, for `did you mean`."""
     pod_events: tuple[Object, ...] = ()
     """Events about pods that wait."""
+    around: Surroundings | None = None
+    """Looked at only while a pod finds no node."""
     heard: Heard = field(default_factory=Heard)
     refusal: Refusal | None = None
 

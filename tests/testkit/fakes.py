@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusion_operator.cache import Listing
 from diffusion_operator.errors import ConflictError, ExistsError, NotFoundError
-from diffusion_operator.state import Heard
+from diffusion_operator.state import Heard, Surroundings
 from testkit.builders import at
 
 Object = dict[str, Any]
@@ -32,6 +32,9 @@ class MemoryCluster:
     profiles: dict[str, Object] = field(default_factory=dict)
     events: dict[Key, Object] = field(default_factory=dict)
     pod_events: list[Object] = field(default_factory=list)
+    around: Surroundings = field(default_factory=Surroundings)
+    looks: int = 0
+    """How often somebody looked around."""
     created: list[str] = field(default_factory=list)
     """Names of all pods that were ever created, in order."""
     writes: list[str] = field(default_factory=list)
@@ -121,6 +124,10 @@ class MemoryCluster:
     async def list_pod_events(self, pod: Object) -> tuple[Object, ...]:
         uid = pod["metadata"]["uid"]
         return tuple(event for event in self.pod_events if event["involvedObject"]["uid"] == uid)
+
+    async def look_around(self) -> Surroundings:
+        self.looks += 1
+        return self.around
 
     async def create_event(self, event: Object) -> None:
         def write() -> None:

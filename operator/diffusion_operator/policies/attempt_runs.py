@@ -24,6 +24,8 @@ from diffusion_operator.status import (
 
 LOOK_AGAIN_SECONDS = 10
 """A mount that fails changes nothing on the pod: only asking for its events tells."""
+LOOK_AROUND_SECONDS = 60
+"""What an autoscaler says, and who holds GPUs, changes nothing on a pod that finds no node."""
 SILENCE = timedelta(seconds=120)
 """After so long without an answer the status says that progress cannot be read."""
 
@@ -76,13 +78,13 @@ def _waits(case: Case, status: JobStatus, waiting: tuple[SeenPod, ...]) -> Decis
     pod = waiting[0]
     phase, message = ("Preparing", f"pod {pod.name} starts on {pod.node}") if pod.node else ("Scheduling", "")
     message = message or f"pod {pod.name} waits for a node"
-    why = why_waiting(pod, case.seen.pod_events, case.profile)
+    why = why_waiting(case, case.pods_of(pod.attempt))
     reason = "Waiting"
     if why is not None:
         # `accepted` has cleared it; the old one is needed for `since`.
         status = status.model_copy(update={"pending": case.status.pending})
-        status = set_pending(status, cause=why[0], detail=why[1], hint=why[2], now=case.now)
-        reason, message = why[0], f"{why[0]}: {why[1]}"
+        status = set_pending(status, cause=why.cause, detail=why.detail, hint=why.hint, now=case.now)
+        reason, message = why.cause, f"{why.cause}: {why.detail}"
     status = status.model_copy(update={"phase": phase, "message": short(message)})
     status = _say(case, status, "PodsReady", "False", "Waiting", message)
     status = _say(case, status, "Progressing", "False", reason, message)
@@ -90,8 +92,15 @@ def _waits(case: Case, status: JobStatus, waiting: tuple[SeenPod, ...]) -> Decis
         rule="attemptRuns",
         status=status,
         delete=leftovers(case),
-        again_seconds=LOOK_AGAIN_SECONDS if pod.node else None,
+        again_seconds=_again_seconds(waiting),
     )
+
+
+def _again_seconds(waiting: tuple[SeenPod, ...]) -> float | None:
+    if any(pod.waits_on_its_node for pod in waiting):
+        return LOOK_AGAIN_SECONDS
+    # A gated pod changes when its gates do; of one that no scheduler looks at there is no news to wait for.
+    return LOOK_AROUND_SECONDS if any(not pod.raw["spec"].get("schedulingGates") for pod in waiting) else None
 
 
 def _progresses(case: Case, status: JobStatus, pod: SeenPod) -> Decision:

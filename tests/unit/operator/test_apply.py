@@ -90,7 +90,7 @@ class TestNamesThatAreTaken:
     ("answer", "cause"),
     [
         ('pods "cats-1-0" is forbidden: exceeded quota: gpus', "QuotaExceeded"),
-        ('pods "cats-1-0" is forbidden: violates PodSecurity "restricted:latest"', "PodSecurity"),
+        ('pods "cats-1-0" is forbidden: violates PodSecurity "restricted:latest"', "PodSecurityRejected"),
         ("Pod is invalid: metadata.annotations: Too long", "AdmissionRejected"),
     ],
 )

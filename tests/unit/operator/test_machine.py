@@ -1,0 +1,226 @@
+"""Whatever happens in whatever order, crashes between any two writes included: the promises hold and the job settles.
+
+A model of the world (user, scheduler, kubelets, time, watches that lag or lose events) around the real decisions and
+the real writer, on a cluster in memory.
+"""
+
+import asyncio
+import copy
+from datetime import datetime, timedelta
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from diffusion_operator.errors import ClusterError, ConflictError, UnavailableError
+from diffusion_operator.knowledge import Knowledge
+from diffusion_operator.metrics import Metrics
+from diffusion_operator.reconcile import Reconciler
+from diffusion_operator.settings import Settings
+from testkit.builders import NOW, Object, last_word, make_job, make_profile
+from testkit.fakes import Crash, MemoryCluster, SilentProgress
+
+KEY = ("team-a", "cats")
+ENDINGS = {
+    "done": 0,
+    "bad config": 64,
+    "storage": 69,
+    "yielded": 75,
+    "no memory": 80,
+    "hang": 83,
+    "crash": 1,
+}
+SETTLING_LOOKS = 60
+
+
+class World(RuleBasedStateMachine):
+    """One job, an operator that may die at any write, and everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: datetime = NOW
+        self.cluster = MemoryCluster()
+        self.cluster.add_profile(make_profile())
+        self.cluster.add_job(make_job(runPolicy={"backoffLimit": 3}))
+        self.excused: set[str] = set()
+        self.final: Object | None = None
+        self.attempts_seen = 0
+        self.operator = self.start()
+
+    def start(self) -> Reconciler:
+        """Start an operator that knows nothing, and let it read the cluster."""
+        knowledge = Knowledge()
+        operator = Reconciler(
+            settings=Settings(trainer_image="t"),
+            cluster=self.cluster,
+            knowledge=knowledge,
+            progress=SilentProgress(),
+            metrics=Metrics(version="0", jobs=lambda: knowledge.jobs, depth=lambda: 0),
+            clock=lambda: self.now,
+        )
+        asyncio.run(knowledge.refresh(self.cluster, (), lambda _uid: None))
+        return operator
+
+    def look(self) -> float | None:
+        """Let the operator look at the job once, and start it anew if it dies of that."""
+        uid = make_job()["metadata"]["uid"]
+        try:
+            return asyncio.run(self.operator.reconcile(uid))
+        except Crash:
+            self.operator = self.start()
+        except ClusterError:
+            pass
+        return 0
+
+    @property
+    def status(self) -> Object:
+        found: Object = self.cluster.jobs[KEY].get("status", {})
+        return found
+
+    def pods(self, *phases: str) -> list[str]:
+        return [name for (_, name), pod in self.cluster.pods.items() if pod["status"]["phase"] in phases]
+
+    # What the operator does.
+
+    @rule()
+    def operator_looks(self) -> None:
+        self.look()
+
+    @rule(write=st.integers(1, 6), when=st.sampled_from(["before", "after"]))
+    def operator_dies_soon(self, write: int, when: str) -> None:
+        self.cluster.fail_at = (write, when)
+        for _ in range(3):
+            self.look()
+        self.cluster.fail_at = None
+
+    @rule(error=st.sampled_from([UnavailableError("503"), ConflictError("409")]))
+    def api_server_errs(self, error: ClusterError) -> None:
+        self.cluster.errors = [error]
+        self.look()
+        self.cluster.errors = []
+
+    @rule()
+    def everything_is_read_again(self) -> None:
+        asyncio.run(self.operator.knowledge.refresh(self.cluster, (), lambda _uid: None))
+
+    @rule()
+    def only_jobs_are_heard_of(self) -> None:
+        """News of pods is late."""
+        self.operator.knowledge.jobs.put(copy.deepcopy(self.cluster.jobs[KEY]))
+
+    # What the world does.
+
+    @precondition(lambda self: self.pods("Pending"))
+    @rule(data=st.data())
+    def a_pod_runs(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.pods("Pending")))
+        pod = self.cluster.pods["team-a", name]
+        self.cluster.set_pod(name, spec={**pod["spec"], "nodeName": "n1"}, status={"phase": "Running"})
+
+    @precondition(lambda self: self.pods("Running"))
+    @rule(data=st.data(), how=st.sampled_from(sorted(ENDINGS)))
+    def a_pod_ends(self, data: st.DataObject, how: str) -> None:
+        self.end(data.draw(st.sampled_from(self.pods("Running"))), ENDINGS[how])
+
+    def end(self, name: str, code: int) -> None:
+        attempt = int(name.split("-")[-2])
+        finished = (self.now + timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        word = last_word(code, attempt=attempt, step=100 * attempt)
+        state = {"exitCode": code, "message": word, "finishedAt": finished}
+        status = {
+            "phase": "Failed" if code else "Succeeded",
+            "containerStatuses": [{"name": "trainer", "state": {"terminated": state}}],
+        }
+        self.cluster.set_pod(name, status=status)
+
+    @precondition(lambda self: self.pods("Pending", "Running"))
+    @rule(data=st.data(), seen=st.booleans())
+    def a_pod_vanishes(self, data: st.DataObject, seen: bool) -> None:
+        name = data.draw(st.sampled_from(self.pods("Pending", "Running")))
+        self.vanish(name, seen=seen)
+
+    def vanish(self, name: str, *, seen: bool) -> None:
+        ready = [item["reason"] for item in self.status["conditions"] if item["type"] == "PodsReady"]
+        if ready == ["Starting"]:
+            # Created and gone before anybody could write down that it had been seen: it is created again.
+            self.excused.add(name)
+        gone = self.cluster.drop_pod(name)
+        if seen:
+            self.operator.knowledge.pods.remove(gone)
+
+    @rule(seconds=st.sampled_from([1, 15, 400]))
+    def time_passes(self, seconds: int) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    @rule(suspend=st.booleans())
+    def the_user_suspends_or_resumes(self, suspend: bool) -> None:
+        self.cluster.change_spec(*KEY, suspend=suspend)
+
+    # What must hold at any moment.
+
+    @invariant()
+    def at_most_one_attempt_lives(self) -> None:
+        live = {name.split("-")[-2] for name in self.pods("Pending", "Running")}
+        assert len(live) <= 1, f"two attempts at once: {live}"
+
+    @invariant()
+    def numbers_only_grow_and_are_used_once(self) -> None:
+        number = self.status.get("attempt", 0)
+        assert number >= self.attempts_seen
+        self.attempts_seen = number
+        assert all(int(name.split("-")[-2]) <= number for name in self.cluster.created)
+        twice = {name for name in self.cluster.created if self.cluster.created.count(name) > 1}
+        assert twice <= self.excused
+        listed = [attempt["number"] for attempt in self.status.get("attempts", [])]
+        assert listed == sorted(set(listed), reverse=True)
+
+    @invariant()
+    def final_is_final(self) -> None:
+        if self.final is not None:
+            assert self.status == self.final
+        elif self.status.get("phase") in {"Complete", "Failed"}:
+            self.final = copy.deepcopy(self.status)
+
+    @invariant()
+    def preemption_is_never_charged(self) -> None:
+        failures = self.status.get("counters", {}).get("failures", 0)
+        crashes = sum(attempt.get("cause") in {"Crash", "RepeatedCrash"} for attempt in self.status.get("attempts", []))
+        kept_all = len(self.status.get("attempts", [])) < 10
+        assert failures == crashes or not kept_all
+
+    # What must come about when nothing more happens.
+
+    def teardown(self) -> None:
+        """Let the trouble end: the job completes, however it was left."""
+        self.cluster.fail_at, self.cluster.errors = None, []
+        self.cluster.change_spec(*KEY, suspend=False)
+        for _ in range(SETTLING_LOOKS):
+            asyncio.run(self.operator.knowledge.refresh(self.cluster, (), lambda _uid: None))
+            self.look()
+            self.final_is_final()
+            self.at_most_one_attempt_lives()
+            if self.status.get("phase") in {"Complete", "Failed"}:
+                break
+            self.now += timedelta(seconds=400)
+            for (_, name), pod in list(self.cluster.pods.items()):
+                self.help_along(name, pod)
+        assert self.status.get("phase") in {"Complete", "Failed"}, self.status
+        looks: list[Any] = [self.look() for _ in range(3)]
+        before = len(self.cluster.writes)
+        assert self.look() is None, looks
+        assert len(self.cluster.writes) == before, "a settled job causes no writes"
+
+    def help_along(self, name: str, pod: Object) -> None:
+        if "deletionTimestamp" in pod["metadata"]:
+            self.vanish(name, seen=True)
+        elif pod["status"]["phase"] == "Pending":
+            self.cluster.set_pod(name, spec={**pod["spec"], "nodeName": "n1"}, status={"phase": "Running"})
+        elif pod["status"]["phase"] == "Running":
+            self.end(name, 0)
+
+
+TestWorld = World.TestCase
+TestWorld.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
