@@ -27,6 +27,14 @@ input()
 """
 
 
+@pytest.fixture(autouse=True)
+def nobody_elses() -> None:
+    """These tests end clusters: one that is in use must not be among them."""
+    found = record.read()
+    if found is not None and not found.stale:
+        pytest.fail("a local cluster is up: end it first (python -m testkit.cluster status)", pytrace=False)
+
+
 @contextlib.contextmanager
 def starter() -> Iterator[subprocess.Popen[str]]:
     """Another process that starts a cluster and says so."""

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m testkit.cluster", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("up", help="start a cluster that stays until `down`")
-    commands.add_parser("down", help="end the cluster, whoever started it; harmless when there is none")
+    down = commands.add_parser("down", help="end the cluster; harmless when there is none")
+    down.add_argument("--force", action="store_true", help="also one that another process, e.g. a test run, holds")
     commands.add_parser("status", help="say whether a cluster is up, and how to use it; exit 1 when none is")
     commands.add_parser("lose", help="let a node die at once").add_argument("node")
     commands.add_parser("return", help="start a lost node again").add_argument("node")
@@ -41,7 +42,7 @@ def _run(chosen: argparse.Namespace) -> int:
         case "up":
             return _up()
         case "down":
-            print("the cluster is down" if take_down() else "no cluster was up")
+            print("the cluster is down" if take_down(force=chosen.force) else "no cluster was up")
             return 0
         case "status":
             return _status()

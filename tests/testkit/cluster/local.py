@@ -274,14 +274,22 @@ class LocalCluster(ClusterHandle):
         return self._nodes[name]
 
 
-def take_down() -> bool:
-    """End the cluster of this machine, whoever started it. Return whether there was one. Harmless otherwise."""
+def take_down(*, force: bool = False) -> bool:
+    """End the cluster of this machine that was kept or left behind. Return whether there was one.
+
+    One that another process holds, and will end itself, is left alone without `force`.
+    """
     if os.geteuid() != 0:
         raise ClusterError("a local cluster is root's, so only root can end it: run with sudo")
     with exclusive(record.lock_file()):
-        existed = record.read() is not None
+        found = record.read()
+        held = found is not None and found.owner is not None and not found.stale
+        if held and found is not None and found.owner != ProcessId.of(os.getpid()) and not force:
+            raise ClusterError(
+                f"the cluster is in use by process {found.owner.pid if found.owner else 0}: wait for it, or use --force"
+            )
         _clean()
-    return existed
+    return found is not None
 
 
 def _refuse_second() -> None:
