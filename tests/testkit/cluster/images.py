@@ -26,7 +26,6 @@ _FOLDERS = (
     "bin",
     "dev",
     "etc",
-    "home/nonroot",
     "lib",
     "lib64",
     "opt",
@@ -39,8 +38,9 @@ _FOLDERS = (
     "var",
 )
 _FILES = {
-    "etc/passwd": f"root:x:0:0:root:/root:/bin/sh\nnonroot:x:{USER}:{USER}:nonroot:/home/nonroot:/bin/sh\n",
-    "etc/group": f"root:x:0:\nnonroot:x:{USER}:\n",
+    # The users that images run as have no entry, as in images that name them by number: what cannot do without fails.
+    "etc/passwd": "root:x:0:0:root:/:/bin/sh\n",
+    "etc/group": "root:x:0:\n",
     "etc/nsswitch.conf": "hosts: files dns\n",
 }
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -129,7 +129,8 @@ def archive(image: Image) -> bytes:
         "config": {
             "Entrypoint": list(image.entrypoint) or None,
             "Env": [f"{name}={value}" for name, value in sorted(image.env.items())],
-            "User": image.user,
+            # Without an entry for the user the group would be root's.
+            "User": image.user if ":" in image.user else f"{image.user}:{image.user}",
             "WorkingDir": image.workdir,
         },
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},

@@ -86,7 +86,7 @@ def test_an_image_is_folders_and_a_configuration():
     assert config == {
         "Entrypoint": ["python", "-m", "x"],
         "Env": ["A=1", "B=2"],
-        "User": "10001",
+        "User": "10001:10001",
         "WorkingDir": "/data",
     }
     with tarfile.open(fileobj=io.BytesIO(layer)) as inner:
