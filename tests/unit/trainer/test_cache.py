@@ -119,7 +119,7 @@ def test_a_second_build_encodes_nothing_and_downloads_no_image(bench):
     assert (again.images, again.captions) == (0, [])
     assert not (bench.root / "another-machine" / "images").exists()
     assert torch.equal(contents(bench, first), contents(bench, second))
-    assert bench.told == ["fetching latents 1/1", "fetching text 1/1"]
+    assert bench.told == ["fetching latents 12/12", "fetching text 7/7"]
 
 
 def test_fetched_and_built_are_the_same_bytes(bench, tmp_path):
@@ -257,8 +257,26 @@ def test_a_cache_travels_to_another_process(bench):
 
 def test_a_changed_image_touches_few_shards():
     entries = [f"{i * 2**22:08x}" + "0" * 56 for i in range(1000)]
-    shards = {shard.key for shard in _shards("latents", entries)}
-    changed = {shard.key for shard in _shards("latents", ["00000001" + "0" * 56, *entries[1:]])}
-    assert len(shards) == 8
-    assert len(shards & changed) == 7
-    assert sorted(entry for shard in _shards("latents", entries) for entry in shard.entries) == entries
+    before = _shards("latents", {entry: entry for entry in entries})
+    after = _shards("latents", {entry: entry for entry in ["00000001" + "0" * 56, *entries[1:]]})
+    assert len(before) == 8
+    assert len({shard.key for shard in before} & {shard.key for shard in after}) == 7
+    assert sorted(entry for shard in before for entry in shard.entries) == entries
+
+
+def test_variants_of_an_image_lie_in_one_shard():
+    images = {f"{variant}{i:04x}": f"{i * 2**22:08x}" for i in range(1000) for variant in "ab"}
+    shards = _shards("latents", images)
+    assert len(shards) == 16
+    assert all(
+        {key[1:] for key in shard.entries if key[0] == "a"} == {key[1:] for key in shard.entries if key[0] == "b"}
+        for shard in shards
+    )
+
+
+def test_each_entry_is_a_sign_of_life(bench):
+    bench.build(CountingFamily())
+    assert bench.told[:2] == ["encoding latents 1/12", "encoding latents 2/12"] or bench.told[0].startswith("encoding")
+    assert [line for line in bench.told if line.startswith("encoding text")] == [
+        f"encoding text {i}/7" for i in range(1, 8)
+    ]

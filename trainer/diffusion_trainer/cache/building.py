@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -68,20 +69,40 @@ def build(
         latents.append(keys)
     captions = {text_key(caption, text_hash=text_hash): caption for caption in _captions(lock)}
 
-    def encode_latents(shard: Shard) -> dict[str, torch.Tensor]:
-        return dict(_latents({key: wanted[key] for key in shard.entries}, family, pictures))
+    def encode_latents(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        return _latents({key: wanted[key] for key in shard.entries}, family, pictures)
 
-    def encode_text(shard: Shard) -> dict[str, torch.Tensor]:
-        return dict(_text({key: captions[key] for key in shard.entries}, family))
+    def encode_text(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
+        return _text({key: captions[key] for key in shard.entries}, family)
 
-    places = {}
-    for kind, entries, encode in (("latents", wanted, encode_latents), ("text", captions, encode_text)):
-        shards = _shards(kind, entries)
-        for number, shard in enumerate(shards, start=1):
-            made = shelf.obtain(shard, partial(encode, shard))
-            report(f"{'encoding' if made else 'fetching'} {kind} {number}/{len(shards)}")
-            places.update(dict.fromkeys(shard.entries, shelf.path(shard)))
+    images = {key: one.image.id for key, one in wanted.items()}  # variants of an image lie together
+    places = _obtained(_shards("latents", images), encode_latents, shelf, report)
+    places |= _obtained(_shards("text", dict(zip(captions, captions, strict=True))), encode_text, shelf, report)
     return Cache(latents, {caption: key for key, caption in captions.items()}, places)
+
+
+def _obtained(
+    shards: Sequence[Shard],
+    encode: Callable[[Shard], Iterator[tuple[str, torch.Tensor]]],
+    shelf: Shelf,
+    report: Callable[[str], None],
+) -> dict[str, Path]:
+    """See that shards are on this machine, and return the file of each entry. Each entry made is a sign of life."""
+    total = sum(len(shard.entries) for shard in shards)
+    places: dict[str, Path] = {}
+
+    def make(shard: Shard) -> dict[str, torch.Tensor]:
+        made = {}
+        for key, entry in encode(shard):
+            made[key] = entry
+            report(f"encoding {shard.kind} {len(places) + len(made)}/{total}")
+        return made
+
+    for shard in shards:
+        if not shelf.obtain(shard, partial(make, shard)):
+            report(f"fetching {shard.kind} {len(places) + len(shard.entries)}/{total}")
+        places.update(dict.fromkeys(shard.entries, shelf.path(shard)))
+    return places
 
 
 def _captions(lock: DatasetLock) -> list[str]:
@@ -89,11 +110,14 @@ def _captions(lock: DatasetLock) -> list[str]:
     return sorted({"", *(image.caption for image in lock.images)})
 
 
-def _shards(kind: str, entries: Iterable[str]) -> list[Shard]:
-    """Deal entries out by their own hash, so that a changed image touches the shards of its entries and no other."""
-    keys = sorted(entries)
+def _shards(kind: str, entries: Mapping[str, str]) -> list[Shard]:
+    """Deal entries out by the hash that each is given with, so that a changed image touches two shards at most.
+
+    Their number is a power of two; when it grows with the dataset, every shard gets a new name.
+    """
+    keys = sorted(entries, key=lambda key: (entries[key], key))
     bits = max(0, (len(keys) - 1) // _ENTRIES_PER_SHARD).bit_length()
-    grouped = groupby(keys, key=lambda key: int(key[:8], 16) >> (32 - bits))
+    grouped = groupby(keys, key=lambda key: int(entries[key][:8], 16) >> (32 - bits))
     return [Shard(kind, shard_key(members), frozenset(members)) for members in (list(group) for _, group in grouped)]
 
 
