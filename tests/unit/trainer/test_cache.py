@@ -119,7 +119,7 @@ def test_a_second_build_encodes_nothing_and_downloads_no_image(bench):
     assert (again.images, again.captions) == (0, [])
     assert not (bench.root / "another-machine" / "images").exists()
     assert torch.equal(contents(bench, first), contents(bench, second))
-    assert bench.told == ["fetching latents 12/12", "fetching text 7/7"]
+    assert bench.told == ["fetching latents 8/8", "fetching text 7/7"]
 
 
 def test_fetched_and_built_are_the_same_bytes(bench, tmp_path):
@@ -268,15 +268,12 @@ def test_variants_of_an_image_lie_in_one_shard():
     images = {f"{variant}{i:04x}": f"{i * 2**22:08x}" for i in range(1000) for variant in "ab"}
     shards = _shards("latents", images)
     assert len(shards) == 16
-    assert all(
-        {key[1:] for key in shard.entries if key[0] == "a"} == {key[1:] for key in shard.entries if key[0] == "b"}
-        for shard in shards
-    )
+    for shard in shards:
+        first, second = ({key[1:] for key in shard.entries if key[0] == variant} for variant in "ab")
+        assert first == second
 
 
 def test_each_entry_is_a_sign_of_life(bench):
     bench.build(CountingFamily())
-    assert bench.told[:2] == ["encoding latents 1/12", "encoding latents 2/12"] or bench.told[0].startswith("encoding")
-    assert [line for line in bench.told if line.startswith("encoding text")] == [
-        f"encoding text {i}/7" for i in range(1, 8)
-    ]
+    latents = [f"encoding latents {i}/8" for i in range(1, 9)]  # of 12 variants 8 differ
+    assert bench.told == latents + [f"encoding text {i}/7" for i in range(1, 8)]
