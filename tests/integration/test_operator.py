@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +12,7 @@ import pytest
 
 from diffusion_api import names
 from diffusion_api.run import RunConfig
-from testkit.builders import last_word, make_checkpoint, make_job, make_progress, make_report
+from testkit.builders import last_word, make_checkpoint, make_job, make_profile, make_progress, make_report
 from testkit.kube import Object, condition
 from testkit.operating import JOBS, Installation, Kubelet, OperatorProcess, User, installed
 from testkit.waiting import wait_until
@@ -242,7 +243,7 @@ def test_a_missing_secret_is_told_from_the_kubelets_events(place: Place, install
             "reason": "FailedMount",
             "type": "Warning",
             "message": 'MountVolume.SetUp failed for volume "credentials" : secret "team-a-s3" not found',
-            "lastTimestamp": "2026-01-02T03:04:05Z",
+            "lastTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),  # what is old is no news
         },
         namespace=user.namespace,
     )
@@ -253,6 +254,38 @@ def test_a_missing_secret_is_told_from_the_kubelets_events(place: Place, install
     kubelet.run("cats-1-0")
     installation.kube.wait_for(JOBS, "cats", lambda job: "pending" not in job["status"], namespace=user.namespace)
     assert user.job()["status"]["attempt"] == 1
+
+
+def test_who_holds_the_gpus_is_told_with_the_operators_own_rights(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    api = installation.kube.api
+    profile = make_profile()["spec"]
+    room = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "2Ti", "pods": "110", profile["resourceName"]: "1"}
+    labels = {profile["nodeAffinity"][0]["key"]: profile["nodeAffinity"][0]["values"][0]}
+    api.create("nodes", {"metadata": {"name": "gpu-1", "labels": labels}})
+    try:
+        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": ""}
+        api.patch("nodes", "gpu-1", {"status": {"allocatable": room, "conditions": [ready]}}, subresource="status")
+        # Without the node controller nobody says that the node is well: the test does.
+        api.patch("nodes", "gpu-1", {"spec": {"taints": []}})
+        resources = {kind: {profile["resourceName"]: "1"} for kind in ("requests", "limits")}
+        container = {"name": "main", "image": "x", "resources": resources}
+        holder = {"metadata": {"name": "notebook"}, "spec": {"nodeName": "gpu-1", "containers": [container]}}
+        api.create("pods", holder, namespace=user.namespace)
+        user.create(make_job())
+        kubelet.wait_for_pod("cats-1-0")
+        said = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
+        condition_ = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said}
+        kubelet.patch("cats-1-0", conditions=[condition_])
+        pending = installation.kube.wait_for(
+            JOBS,
+            "cats",
+            lambda job: job.get("status", {}).get("pending", {}).get("cause") == "InsufficientGPU",
+            namespace=user.namespace,
+        )["status"]["pending"]
+        assert f"{user.namespace}/notebook 1" in pending["detail"]
+    finally:
+        api.delete("nodes", "gpu-1")
 
 
 def test_quota_is_said_and_waited_for(place: Place, installation: Installation) -> None:

@@ -1,7 +1,7 @@
 """A cluster in memory, with the rules of an API server that the operator relies on.
 
 Versions grow with each write, a status is only taken with the version that was read, names are taken once, deletion of
-a pod is graceful. `fail_at` makes the n-th write crash the caller before or after it takes effect.
+a pod is graceful. `fail_at` makes the n-th write crash the caller, before or after it takes effect.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusion_operator.cache import Listing
-from diffusion_operator.errors import ConflictError, ExistsError, NotFoundError
+from diffusion_operator.errors import ConflictError, ExistsError, NotFoundError, UnavailableError
 from diffusion_operator.state import Heard, Surroundings
 from testkit.builders import at
 
@@ -40,7 +40,7 @@ class MemoryCluster:
     writes: list[str] = field(default_factory=list)
     """Every write that was asked for."""
     fail_at: tuple[int, str] | None = None
-    """(n, `before` or `after`): crash at the n-th write from now."""
+    """(n, `before` or `after`): crash at the n-th write from now; `unanswered`: do it and lose the answer."""
     errors: list[Exception] = field(default_factory=list)
     """Answers to the next writes instead of doing them."""
     version: int = 100
@@ -148,6 +148,8 @@ class MemoryCluster:
         answer = write()
         if (left, action) == (1, "after"):
             raise Crash(what)
+        if (left, action) == (1, "unanswered"):
+            raise UnavailableError(f"{what}: done, but the answer was lost")
         return answer
 
     def _store(self, kind: dict[Key, Object], item: Object) -> Object:

@@ -87,7 +87,7 @@ class World(RuleBasedStateMachine):
     def operator_looks(self) -> None:
         self.look()
 
-    @rule(write=st.integers(1, 6), when=st.sampled_from(["before", "after"]))
+    @rule(write=st.integers(1, 6), when=st.sampled_from(["before", "after", "unanswered"]))
     def operator_dies_soon(self, write: int, when: str) -> None:
         self.cluster.fail_at = (write, when)
         for _ in range(3):
@@ -174,6 +174,13 @@ class World(RuleBasedStateMachine):
         assert twice <= self.excused
         listed = [attempt["number"] for attempt in self.status.get("attempts", [])]
         assert listed == sorted(set(listed), reverse=True)
+
+    @invariant()
+    def no_attempt_is_lost(self) -> None:
+        """What counts as preempted has existed: a number is not used up by a crash of the operator."""
+        for attempt in self.status.get("attempts", []):
+            existed = f"cats-{attempt['number']}-0" in self.cluster.created
+            assert existed or attempt.get("cause") in {None, "Suspended"}
 
     @invariant()
     def final_is_final(self) -> None:
