@@ -17,7 +17,7 @@ from testkit.cluster.sandbox import MARK
 from testkit.cluster.spec import HOST_LINK
 from testkit.waiting import wait_until
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = [pytest.mark.own_cluster, pytest.mark.usefixtures("vacant")]
 
 START = """
 from testkit.cluster import LocalCluster, NodeSpec
@@ -33,6 +33,14 @@ def nobody_elses() -> None:
     found = record.read()
     if found is not None and not found.stale:
         pytest.fail("a local cluster is up: end it first (python -m testkit.cluster status)", pytrace=False)
+
+
+@pytest.fixture
+def vacant() -> None:
+    """Somebody else's cluster must not be ended by what these tests do."""
+    found = record.read()
+    if found is not None and not found.stale:
+        pytest.fail("a local cluster is up: end it with `python -m testkit.cluster down`, or wait for who uses it")
 
 
 @contextlib.contextmanager
