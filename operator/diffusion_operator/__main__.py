@@ -7,9 +7,11 @@ import dataclasses
 import logging
 import os
 import sys
+from typing import Any, cast
 
 import kopf
 
+from diffusion_api import names
 from diffusion_operator import handlers
 from diffusion_operator.errors import SettingsError
 from diffusion_operator.settings import PREFIX, Settings
@@ -38,7 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     registry = kopf.get_default_registry()
     assert handlers  # noqa: S101 - imported for what it registers
-    kopf.run(registry=registry, standalone=True, clusterwide=not settings.namespaces, namespaces=settings.namespaces)
+    kopf.run(
+        registry=registry,
+        standalone=True,
+        clusterwide=not settings.namespaces,
+        namespaces=settings.namespaces,
+        # Never used without peering; left out, kopf asks for the name of its user, and in a pod the user has none.
+        identity=cast("Any", names.MANAGED_BY),
+    )
     return 0
 
 
