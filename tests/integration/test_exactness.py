@@ -9,8 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +17,12 @@ from diffusion_api import names
 from diffusion_api.outcomes import ExitCode
 from diffusion_trainer.checkpoint import Ledger
 from diffusion_trainer.objectstore import open_store
+from testkit.attempts import UID, TrainerJob
 from testkit.tiny import make_image_folder, make_tiny_sd1
 from testkit.warm import WarmTrainers
 
 STEPS = 6
 KILLED = -9
-UID = "0000-exact"
 
 
 @pytest.fixture(scope="module")
@@ -42,105 +40,25 @@ def trainers():
         yield started
 
 
-@dataclass
-class Job:
-    """One job and its attempts, each of which begins with an empty disk, as a new pod does."""
+def resumed_from(job):
+    return job.last_word().get("resumedFromStep", 0)
 
-    root: Path
-    inputs: Path
-    trainers: WarmTrainers
-    attempts: int = 0
-    seams: list = field(default_factory=list)
-    overrides: dict = field(default_factory=dict)
 
-    def spec(self):
-        spec = {
-            "method": "LoRA",
-            "lora": {"rank": 4, "alpha": 4},
-            "model": {"source": f"file://{self.inputs}/model"},
-            "dataset": {
-                "source": f"file://{self.inputs}/data",
-                "resolution": 64,
-                "filters": {"minSide": 32},
-                "captions": {"dropout": 0.3},
-                "validation": {"fraction": 0.2},
-                "augmentation": {"variantsPerImage": 2, "crop": "Random"},
-            },
-            # A rate that moves the weights visibly, so that a wrong step cannot hide in rounding.
-            "training": {
-                "maxSteps": STEPS,
-                "batchSize": 4,
-                "learningRate": 1e-2,
-                "lrSchedule": {"name": "Cosine", "warmupSteps": 1},
-                "objective": {"noiseOffset": 0.05},
-            },
-            "validation": {"everySteps": 3},
-            "checkpoint": {"interval": "2steps"},
-            "output": {"destination": f"file://{self.root}/out", "formats": ["Diffusers", "Kohya"]},
-            "tracking": {"tensorboard": False},
-        }
-        return spec | self.overrides
-
-    def environ(self, *, failpoint="", workers=0, micro_batch=2, grace=120):
-        """Write the run of the next attempt and return its environment."""
-        self.attempts += 1
-        folder = self.root / f"attempt-{self.attempts}"
-        (folder / "work").mkdir(parents=True)
-        run = {
-            "job": {"name": "exact", "namespace": "test", "uid": UID},
-            "attempt": self.attempts,
-            "device": "CPU",
-            "microBatchSize": micro_batch,
-            "gracePeriodSeconds": grace,
-            "spec": self.spec(),
-        }
-        (folder / "run.json").write_text(json.dumps(run))
-        return {
-            names.ENV_RUN_FILE: str(folder / "run.json"),
-            names.ENV_WORK_DIR: str(folder / "work"),
-            names.ENV_TERMINATION_LOG: str(folder / "last-word.json"),
-            names.ENV_FAILPOINT: failpoint,
-            "DIFFUSION_LOADER_WORKERS": str(workers),
-            "DIFFUSION_METRICS_PORT": "0",
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def attempt(self, *, seams=(), **options):
-        """Run one attempt to its end and return its exit code."""
-        environ = self.environ(**options)
-        self.trainers.start(environ, log=self.log, seams=seams)
-        return self.trainers.wait()
-
-    @property
-    def log(self):
-        return self.root / f"attempt-{self.attempts}" / "log"
-
-    def last_word(self):
-        return json.loads((self.root / f"attempt-{self.attempts}" / "last-word.json").read_text())
-
-    def resumed_from(self):
-        return self.last_word().get("resumedFromStep", 0)
-
-    def finish(self, **options):
-        """Run one attempt that must complete."""
-        code = self.attempt(**options)
-        assert code == ExitCode.DONE, self.log.read_text()
-
-    def result(self):
-        """Return everything that a run leaves: tensors by name, and the bytes of its files."""
-        store = open_store(f"file://{self.root}/out/{names.checkpoint_prefix(UID)}")
-        ledger = Ledger(store, attempt=99, run_spec_sha=json.loads(store.get("HEAD.json"))["run_spec_sha"])
-        snapshot = ledger.load()
-        assert snapshot is not None
-        assert snapshot.step == STEPS
-        tensors = {f"{g}/{n}": t for g, group in snapshot.tensors.items() for n, t in group.items()}
-        files = [names.METRICS_FILE, "diffusers/pytorch_lora_weights.safetensors", "kohya/lora.safetensors"]
-        return tensors, {name: (self.root / "out" / name).read_bytes() for name in files}
+def result(job):
+    """Return everything that a run leaves: tensors by name, and the bytes of its files."""
+    store = open_store(f"file://{job.output}/{names.checkpoint_prefix(UID)}")
+    ledger = Ledger(store, attempt=99, run_spec_sha=json.loads(store.get("HEAD.json"))["run_spec_sha"])
+    snapshot = ledger.load()
+    assert snapshot is not None
+    assert snapshot.step == STEPS
+    tensors = {f"{g}/{n}": t for g, group in snapshot.tensors.items() for n, t in group.items()}
+    files = [names.METRICS_FILE, "diffusers/pytorch_lora_weights.safetensors", "kohya/lora.safetensors"]
+    return tensors, {name: (job.output / name).read_bytes() for name in files}
 
 
 def assert_same(job, reference):
     """Compare two runs bit for bit."""
-    tensors, files = job.result()
+    tensors, files = result(job)
     wanted, wanted_files = reference
     assert tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -151,15 +69,15 @@ def assert_same(job, reference):
 
 @pytest.fixture
 def job(tmp_path, inputs, trainers):
-    return Job(tmp_path, inputs, trainers)
+    return TrainerJob(tmp_path, inputs, trainers)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, inputs, trainers):
     """The undisturbed run."""
-    undisturbed = Job(tmp_path_factory.mktemp("reference"), inputs, trainers)
+    undisturbed = TrainerJob(tmp_path_factory.mktemp("reference"), inputs, trainers)
     undisturbed.finish()
-    return undisturbed.result()
+    return result(undisturbed)
 
 
 def test_the_reference_moves(reference):
@@ -183,7 +101,7 @@ def test_killed_after_any_step(job, reference, step, workers):
     job.finish(workers=workers)
     # The checkpoint of the step before may or may not have been acknowledged when the pod died; the one before it was,
     # for a save waits for the one before.
-    assert job.resumed_from() in {max(0, (step - 1) // 2 * 2), max(0, (step - 1) // 2 * 2 - 2)}
+    assert resumed_from(job) in {max(0, (step - 1) // 2 * 2), max(0, (step - 1) // 2 * 2 - 2)}
     assert_same(job, reference)
 
 
@@ -191,7 +109,7 @@ def test_killed_after_any_step(job, reference, step, workers):
 def test_killed_while_a_checkpoint_is_uploaded(job, reference, step):
     assert job.attempt(failpoint=f"checkpoint:{step}:kill") == KILLED
     job.finish()
-    assert job.resumed_from() in {step, step - 2}
+    assert resumed_from(job) in {step, step - 2}
     assert_same(job, reference)
 
 
@@ -209,15 +127,16 @@ def test_preempted_by_sigterm(job, reference, seam):
     word = job.last_word()
     assert (word["exitCode"], word["step"], word["latestCheckpoint"]["step"]) == (ExitCode.YIELDED, 3, 3)
     job.finish(workers=2)
-    assert job.resumed_from() == 3
+    assert resumed_from(job) == 3
     assert_same(job, reference)
 
 
 def test_preempted_without_time_to_save(job, reference):
     """A grace period too short for a save costs the steps since the last checkpoint, and nothing else."""
-    assert job.attempt(seams=[("terminate_before_step", 3)], grace=0) == ExitCode.YIELDED
+    job.run = {"gracePeriodSeconds": 0}
+    assert job.attempt(seams=[("terminate_before_step", 3)]) == ExitCode.YIELDED
     job.finish()
-    assert job.resumed_from() in {0, 2}
+    assert resumed_from(job) in {0, 2}
     assert_same(job, reference)
 
 
@@ -237,8 +156,9 @@ def test_one_changed_key_is_found(job, reference):
 
 
 def test_micro_batch_changes_only_the_order_of_summation(job, reference):
-    job.finish(micro_batch=4)
-    tensors, _ = job.result()
+    job.run = {"microBatchSize": 4}
+    job.finish()
+    tensors, _ = result(job)
     for name, tensor in reference[0].items():
         if name.startswith("curves/"):
             torch.testing.assert_close(tensors[name], tensor, atol=1e-4, rtol=1e-3)

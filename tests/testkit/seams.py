@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
+import threading
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from diffusion_trainer import rng, train
+from diffusion_trainer import progress, rng, train
 
 
 def seed_like_a_new_interpreter() -> None:
@@ -50,7 +54,75 @@ def terminate_twice_before_step(step: int) -> None:
     _before("timed", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == step else None)
 
 
-def _before(name: str, action: Callable[[int], None]) -> None:
+def terminate_during(function: str) -> None:
+    """Send SIGTERM when train.py calls a function of its own for the first time."""
+    _before(function, lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 1 else None)
+
+
+def hang_before_step(step: int) -> None:
+    """Never come back from optimizer step `step` (from 1)."""
+    _before("gradients", lambda count: threading.Event().wait() if count == step else None)
+
+
+def hang_during(function: str) -> None:
+    """Never come back from a function of train.py."""
+    _before(function, lambda _: threading.Event().wait())
+
+
+def fail_before_step(case: tuple[int, str]) -> None:
+    """Raise in optimizer step `step` what torch raises."""
+    step, kind = case
+    errors = {
+        "out-of-memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        "gpu": RuntimeError("CUDA error: unspecified launch failure"),
+        "bug": ZeroDivisionError("a bug"),
+    }
+
+    def fail(count: int) -> None:
+        if count == step:
+            raise errors[kind]
+
+    _before("gradients", fail)
+
+
+def lose_loss_of_step(step: int) -> None:
+    """Make the loss of optimizer step `step` (from 1) not a number."""
+    original = train.gradients
+    calls = 0
+
+    def gradients(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = original(*args)
+        return loss * float("nan") if calls == step else loss
+
+    train.gradients = gradients  # type: ignore[assignment]
+
+
+def look_before_step(case: tuple[int, str]) -> None:
+    """Leave in a file what /progress and /metrics answer while optimizer step `step` (from 1) is computed."""
+    step, path = case
+    servers: list[progress.ProgressServer] = []
+    original = progress.ProgressServer.__init__
+
+    def remember(self: progress.ProgressServer, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        servers.append(self)
+
+    progress.ProgressServer.__init__ = remember  # type: ignore[method-assign]
+
+    def look(count: int) -> None:
+        if count == step:
+            root = f"http://127.0.0.1:{servers[0].server_port}"
+            answers = [
+                urllib.request.urlopen(root + page, timeout=10) for page in ("/progress", "/metrics", "/healthz")
+            ]
+            Path(path).write_text(json.dumps([answer.read().decode() for answer in answers]))
+
+    _before("gradients", look)
+
+
+def _before(name: str, action: Callable[[int], object]) -> None:
     """Call `action` with the number of the call, from 1, before each call of a function of train.py."""
     original = getattr(train, name)
     calls = 0

@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+import signal
 import sys
-import threading
-
-from diffusion_api import names
-from diffusion_api.outcomes import OUTCOMES
-from diffusion_trainer.settings import ENV_LOADER_WORKERS, ENV_METRICS_PORT, read_settings
-from diffusion_trainer.supervisor import supervise  # torch is imported by neither, until training begins
+from types import FrameType
 
 EXIT_SECONDS = 30.0
 """After this long, threads or exit hooks of libraries hold the process up no longer."""
+YIELDED = 75  # outcomes.ExitCode.YIELDED, before anything is imported
 
 
 def main() -> int:
     """Train one attempt; return the exit code."""
-    codes = "\n".join(
-        f"  {int(outcome.exit_code):3d} {outcome.explanation}" for outcome in OUTCOMES if outcome.exit_code is not None
-    )
-    argparse.ArgumentParser(
+    # A PID 1 without a handler never hears SIGTERM, and what follows takes a second to import.
+    signal.signal(signal.SIGTERM, _leave)
+    import argparse
+    import threading
+
+    from diffusion_trainer.settings import read_settings
+    from diffusion_trainer.supervisor import supervise  # torch is imported when training begins
+
+    parser = argparse.ArgumentParser(
         prog="python -m diffusion_trainer",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train one attempt of a DiffusionTrainingJob.",
-        epilog=(
-            f"environment:\n"
-            f"  {names.ENV_RUN_FILE}         the RunConfig as JSON [{names.RUN_DIR}/{names.RUN_FILE}]\n"
-            f"  {names.ENV_CREDENTIALS_DIR}  folder of the storage's Secret [{names.CREDENTIALS_DIR}]\n"
-            f"  {names.ENV_WORK_DIR}         scratch space [{names.WORK_DIR}]\n"
-            f"  {names.ENV_TERMINATION_LOG}  where the last word goes [{names.TERMINATION_LOG}]\n"
-            f"  {ENV_METRICS_PORT}     port of {names.PROGRESS_PATH} and {names.METRICS_PATH} [{names.METRICS_PORT}]\n"
-            f"  {ENV_LOADER_WORKERS}   processes that prepare batches [by the number of CPUs]\n"
-            f"exit codes:\n{codes}\n    1 a crash"
-        ),
-    ).parse_args()
-    code = supervise(read_settings(os.environ))
+        epilog=_epilog(),
+    )
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="check storage, dataset, model and destination within seconds, without a GPU, and train nothing",
+    )
+    code = supervise(read_settings(os.environ), preflight=parser.parse_args().preflight)
     last_resort = threading.Timer(EXIT_SECONDS, os._exit, (code,))
     last_resort.daemon = True
     last_resort.start()
     return code
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    os._exit(YIELDED)
+
+
+def _epilog() -> str:
+    from diffusion_api import names
+    from diffusion_api.outcomes import OUTCOMES
+    from diffusion_trainer.settings import ENV_LOADER_WORKERS, ENV_METRICS_PORT
+
+    environment = {
+        names.ENV_RUN_FILE: f"the RunConfig as JSON [{names.RUN_DIR}/{names.RUN_FILE}]",
+        names.ENV_CREDENTIALS_DIR: f"folder of the storage's Secret [{names.CREDENTIALS_DIR}]",
+        names.ENV_WORK_DIR: f"scratch space [{names.WORK_DIR}]",
+        names.ENV_TERMINATION_LOG: f"where the last word goes [{names.TERMINATION_LOG}]",
+        ENV_METRICS_PORT: f"port of {names.PROGRESS_PATH} and {names.METRICS_PATH}, 0 for any [{names.METRICS_PORT}]",
+        ENV_LOADER_WORKERS: "processes that prepare batches [by the number of CPUs]",
+    }
+    codes = {outcome.exit_code: outcome.explanation for outcome in OUTCOMES if outcome.exit_code is not None}
+    return "\n".join([
+        "environment:",
+        *(f"  {name:28}{text}" for name, text in environment.items()),
+        "exit codes:",
+        *(f"  {code:3d}  {text}" for code, text in codes.items()),
+        "    1  a crash",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -49,15 +49,18 @@ class Evaluator:
 
     def evaluate(self, step: int) -> None:
         """Evaluate now; a stop cuts it short and leaves all of it to the next attempt."""
+        # Each pass through the denoiser is a sign of life: an evaluation may take longer than a hang may.
+        alive = self.family.denoiser.register_forward_pre_hook(lambda *_: self.report(f"evaluating step {step}"))
         try:
             with self.stop.cut_short():
                 self._evaluate(step)
         except Yielded:
             LOG.info("told to stop: the next attempt evaluates step %d", step)
+        finally:
+            alive.remove()
         self.report("")
 
     def _evaluate(self, step: int) -> None:
-        self.report(f"evaluating step {step}")
         result = validate(
             self.lock,
             self.cache,
@@ -67,7 +70,6 @@ class Evaluator:
             device=self.family.device,
         )
         if prompts := self.spec.validation.prompts:
-            self.report(f"drawing {len(prompts)} samples of step {step}")
             side = self.spec.dataset.resolution
             grid = sample_grid(self.family, prompts, size=(side, side))
             self.courier.send(f"{names.SAMPLES_PREFIX}step-{step:08d}.png", grid.grid_png())

@@ -32,6 +32,7 @@ LOCK_KEY = "dataset.lock.json"
 EXPORTERS = {
     "Diffusers": (names.EXPORT_DIFFUSERS, export.export_diffusers),
     "Kohya": (names.EXPORT_KOHYA, export.export_kohya),
+    "SingleFile": ("single-file/", export.export_single_file),
 }
 
 
@@ -60,8 +61,6 @@ class Ready:
 def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board) -> Ready:
     """Freeze or fetch the dataset, load the model, encode what is not cached, and put adapters on the denoiser."""
     spec, seed = run.spec, run.spec.training.seed
-    if unknown := sorted(set(spec.output.formats) - set(EXPORTERS)):
-        raise BadConfig(f"output.formats has {unknown[0]}, which adapters cannot be exported to; leave it out")
     report = narrator(board)
     share = Share(micro_batch_size(run), run.node_rank, run.world_size)
     device = open_device(run)

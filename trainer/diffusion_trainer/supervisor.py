@@ -40,24 +40,26 @@ C_CODE_SECONDS = 60.0
 _LOG_LINES = 20
 
 
-def supervise(settings: Settings) -> int:
-    """Do one attempt and return its exit code. The termination message is written whatever happens."""
+def supervise(settings: Settings, *, preflight: bool = False) -> int:
+    """Do one attempt, or only its preflight, and return the exit code.
+
+    The termination message is written whatever happens.
+    """
     lines = start_log()
     board = Board(attempt=0)
     try:
         run = read_run(settings.run_file)
     except BadConfig as error:
         return finish(ending_of(error), board, settings=settings, lines=lines)
-    board.attempt = run.attempt
+    board.attempt = 0 if preflight else run.attempt
     stop = StopSignal(grace_seconds=run.grace_period_seconds)
 
     def leave(ending: Ending) -> None:
         """End the process from another thread than the one that trains."""
         os._exit(finish(ending, board, settings=settings, lines=lines))
 
-    def hear(number: int, _: FrameType | None) -> None:
-        LOG.info("%s: stopping within %d s", signal.Signals(number).name, run.grace_period_seconds)
-        stop.request()
+    def hear(_number: int, _frame: FrameType | None) -> None:
+        stop.request()  # and not a word to the log, which may be in the middle of a line
 
     # Before anything slow: a PID 1 without a handler does not even see the signal.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -65,7 +67,7 @@ def supervise(settings: Settings) -> int:
     ending = ending_of(None)
     try:
         with Watchdog(board, stop, stall_seconds=run.stall_seconds, leave=leave):
-            _attempt(run, settings, board=board, stop=stop)
+            ending = (_preflight if preflight else _attempt)(run, settings, board=board, stop=stop)
     except (Exception, Yielded) as error:
         ending = ending_of(error)
         if ending.lines:
@@ -73,7 +75,16 @@ def supervise(settings: Settings) -> int:
     return finish(ending, board, settings=settings, lines=lines)
 
 
-def _attempt(run: RunConfig, settings: Settings, *, board: Board, stop: StopSignal) -> None:
+def _preflight(run: RunConfig, settings: Settings, *, board: Board, stop: StopSignal) -> Ending:
+    LOG.info("preflight of %s/%s", run.job.namespace, run.job.name)
+    with stop.cut_short():
+        from diffusion_trainer.preflight import preflight  # within the reach of the handlers
+
+        settle(os.environ, work=settings.work, deterministic=False)
+        return preflight(run, settings, board=board)
+
+
+def _attempt(run: RunConfig, settings: Settings, *, board: Board, stop: StopSignal) -> Ending:
     """Train with the door open to readers of the progress."""
     LOG.info("attempt %d of %s/%s", run.attempt, run.job.namespace, run.job.name)
     if run.world_size != 1:
@@ -92,6 +103,7 @@ def _attempt(run: RunConfig, settings: Settings, *, board: Board, stop: StopSign
         with stop.cut_short():
             from diffusion_trainer.train import Desk, train  # heavy: after the handlers, and within their reach
         train(run, Desk(settings, board, metrics, stop))
+    return ending_of(None)
 
 
 def read_run(path: Path) -> RunConfig:
@@ -159,9 +171,13 @@ class Watchdog:
         )
 
     def _watch(self) -> None:
+        told = False
         while not self._done.wait(WATCH_SECONDS):
             # Code that never lets go of the interpreter stops this thread too; then the one in C ends the process.
             faulthandler.dump_traceback_later(self._stall_seconds + C_CODE_SECONDS, exit=True)
+            if self._stop.requested and not told:
+                told = True
+                LOG.info("told to stop, within %.0f s", self._stop.grace_seconds)
             if ending := self.verdict():
                 if ending.code == ExitCode.HANG:
                     faulthandler.dump_traceback(all_threads=True)

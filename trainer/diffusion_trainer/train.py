@@ -137,8 +137,10 @@ def open_checkpoints(run: RunConfig, stores: Stores, *, on_warning: Callable[[st
 
 
 def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, board: Board, scratch: Path) -> tuple[int, Curves]:
-    """Put back the newest checkpoint; return its step and curves, or those of a fresh start."""
-    found = ledger.load(scratch=scratch) if run.spec.checkpoint.resume == "Auto" else None
+    """Put back the newest checkpoint, if the job wants that; return its step and curves, or those of a fresh start."""
+    if run.spec.checkpoint.resume == "Never":
+        ledger.start_over()
+    found = ledger.load(scratch=scratch)
     curves = restore(found, ready.trained, basis=ready.basis) if found else Curves()
     step = found.step if found else 0
     board.update(stage="Running", detail="", step=step, resumed_from_step=step if found else None)
