@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from diffusion_api import names, outcomes, schema, waiting
+from diffusion_api import names, outcomes, schema, waiting, waiting_table
 from diffusion_api.job import JobSpec
 from diffusion_api.meta import ApiModel
 from diffusion_api.status import JobStatus
@@ -193,7 +193,7 @@ def why_it_waits() -> str:
         f"| {rank} | `{wait.cause}`{f' ({wait.variant})' if wait.variant else ''} | {wait.explanation} | "
         f"{wait.hint.replace('{', '<').replace('}', '>')} |"
         for rank, cause in enumerate(waiting.WaitingCause, start=1)
-        for wait in waiting.WAITS
+        for wait in waiting_table.WAITS
         if wait.cause == cause
     )
     return "\n".join(

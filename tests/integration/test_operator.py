@@ -268,10 +268,8 @@ def test_who_holds_the_gpus_is_told_with_the_operators_own_rights(place: Place, 
         api.patch("nodes", "gpu-1", {"status": {"allocatable": room, "conditions": [ready]}}, subresource="status")
         # Without the node controller nobody says that the node is well: the test does.
         api.patch("nodes", "gpu-1", {"spec": {"taints": []}})
-        resources = {kind: {profile["resourceName"]: "1"} for kind in ("requests", "limits")}
-        container = {"name": "main", "image": "x", "resources": resources}
-        holder = {"metadata": {"name": "notebook"}, "spec": {"nodeName": "gpu-1", "containers": [container]}}
-        api.create("pods", holder, namespace=user.namespace)
+        user.create(make_job(name="dogs"))
+        kubelet.run("dogs-1-0", node="gpu-1")
         user.create(make_job())
         kubelet.wait_for_pod("cats-1-0")
         said = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
@@ -283,7 +281,7 @@ def test_who_holds_the_gpus_is_told_with_the_operators_own_rights(place: Place, 
             lambda job: job.get("status", {}).get("pending", {}).get("cause") == "InsufficientGPU",
             namespace=user.namespace,
         )["status"]["pending"]
-        assert f"{user.namespace}/notebook 1" in pending["detail"]
+        assert f"{user.namespace}/dogs 1" in pending["detail"]
     finally:
         api.delete("nodes", "gpu-1")
 

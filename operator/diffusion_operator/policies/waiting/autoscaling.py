@@ -90,8 +90,8 @@ def _is_word(said: Said) -> bool:
 def _promised(said: Said, *, now: datetime) -> Diagnosis:
     if said.fresh(now, PROMISE):
         return diagnosis(_C.NODE_PROVISIONING, said.message)
-    minutes = int((now - said.at) / timedelta(minutes=1))
-    return diagnosis(_C.AUTOSCALER_REFUSED, f"no node came in {minutes} minutes after: {said.message}", "late")
+    # No duration: a detail that changes with each look would be a status write with each look.
+    return diagnosis(_C.AUTOSCALER_REFUSED, f"no node has come since {said.at:%H:%M} UTC: {said.message}", "late")
 
 
 def _failed(facts: WaitingFacts, said: Said) -> Diagnosis:

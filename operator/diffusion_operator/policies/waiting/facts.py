@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from diffusion_api.waiting import WaitingCause, hint
+from diffusion_api.waiting import WaitingCause
+from diffusion_api.waiting_table import hint
 
 MAX_TEXT = 1024
 """Most characters of detail and of hint, as in the status."""

@@ -118,7 +118,7 @@ def _by_message(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis:
 def _unseen(pod: Any, *, now: datetime) -> Diagnosis:
     created = reading.moment(pod, "metadata", "creationTimestamp")
     scheduler = reading.text(pod, "spec", "schedulerName") or "default-scheduler"
-    if created is not None and now - created < UNSEEN:
+    if created is None or now - created < UNSEEN:
         return diagnosis(_C.STARTING, f"pod {reading.name(pod)} was just created", **reading.names_of(pod))
     detail = f"scheduler {scheduler} has said nothing about pod {reading.name(pod)}"
     return diagnosis(_C.UNKNOWN, detail, "scheduler", scheduler=scheduler)

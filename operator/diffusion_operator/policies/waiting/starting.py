@@ -134,5 +134,5 @@ def _pulling(_facts: WaitingFacts, pod: Any, about: list[Said], now: datetime) -
         return None
     begun = stage[-1]
     took = now - begun.at
-    detail = f"{begun.message} for {max(0, int(took.total_seconds()))} s"
+    detail = f"{begun.message} since {begun.at:%H:%M:%S} UTC"
     return diagnosis(_C.IMAGE_PULL, detail, "slow" if took >= SLOW_PULL else "", **reading.names_of(pod))

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from diffusion_api.waiting import WAITS, WaitingCause
+from diffusion_api.waiting import WaitingCause
+from diffusion_api.waiting_table import WAITS
 from diffusion_operator import timestamps
 from diffusion_operator.policies.waiting.diagnosis import explain
 from diffusion_operator.policies.waiting.facts import MAX_TEXT, Diagnosis, WaitingFacts

@@ -7,7 +7,8 @@ from decimal import Decimal
 import pytest
 
 from diffusion_api import reference
-from diffusion_api.waiting import OF_WAIT, RANK, WAITS, WaitingCause, hint
+from diffusion_api.waiting import RANK, WaitingCause
+from diffusion_api.waiting_table import OF_WAIT, WAITS, hint
 from diffusion_operator.policies.waiting import messages, nodes, occupancy, reading
 
 
