@@ -1,29 +1,38 @@
 """The operator on a real API server, with its own rights: one job's whole life, and what can come in between."""
 
 import json
+import os
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import yaml
 
 from diffusion_api import names
 from diffusion_api.run import RunConfig
 from testkit.builders import last_word, make_checkpoint, make_job, make_profile, make_progress, make_report
 from testkit.kube import Object, condition
-from testkit.operating import JOBS, Installation, Kubelet, OperatorProcess, User, installed
+from testkit.operating import JOBS, MANIFEST, Installation, Kubelet, OperatorProcess, User, installed
+from testkit.process import ServerProcess, free_ports
 from testkit.waiting import wait_until
 
 pytestmark = pytest.mark.apiserver
 
+(PORT,) = free_ports(1)
+"""The operator's HTTP port."""
+
 
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    with installed(tmp_path_factory.mktemp("operator")) as found, OperatorProcess(found, progress_seconds="0.2"):
-        yield found
+    with installed(tmp_path_factory.mktemp("operator")) as found:
+        settings = {"progress_seconds": "0.2", "http_address": "127.0.0.1", "http_port": str(PORT)}
+        with OperatorProcess(found, **settings):
+            yield found
 
 
 @pytest.fixture
@@ -333,21 +342,78 @@ def test_somebody_elses_job_is_left_alone(place: Place, installation: Installati
     assert installation.kube.find("pods", "theirs-1-0", namespace=user.namespace) is None
 
 
-def test_the_rights_of_the_manifest_are_enough_and_not_more_than_needed(installation: Installation) -> None:
-    entries = [json.loads(line) for line in Path(installation.audit_log).read_text().splitlines()]
+def http_get(path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=10) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def test_metrics_and_health(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    assert (http_get("/healthz"), http_get("/readyz")) == ("ok", "ok")
+    user.create(make_job())
+    kubelet.run("cats-1-0")
+    user.wait_phase("Preparing")
+    series = f'diffusion_job_phase{{name="cats",namespace="{user.namespace}",phase="Preparing"}} 1.0'
+    assert series in http_get("/metrics")
+    installation.kube.api.delete(JOBS, "cats", namespace=user.namespace)
+    wait_until(lambda: user.namespace not in http_get("/metrics"), describe="the job's series to vanish")
+    text = http_get("/metrics")
+    assert "diffusion_operator_reconcile_duration_seconds_bucket" in text
+    assert 'diffusion_operator_attempts_ended_total{cause="Preempted"}' in text
+
+
+def test_kopf_run_works_too(place: Place, installation: Installation) -> None:
+    """Under kopf's own command line, and in one namespace; beside the other operator, which does no harm."""
+    user, kubelet = place
+    environment = {
+        **os.environ,
+        "KUBECONFIG": str(installation.kubeconfig),
+        "DIFFUSION_OPERATOR_HTTP_PORT": "0",
+        "DIFFUSION_OPERATOR_NAMESPACES": user.namespace,
+    }
+    command = [sys.executable, "-m", "kopf", "run", "-m", "diffusion_operator", "--namespace", user.namespace]
+    log = installation.folder / "kopf.log"
+    process = ServerProcess(command, log=log, env=environment)
+    try:
+        wait_until(lambda: "started: 0 jobs" in log.read_text(), describe="kopf run", timeout=60, detail=process.tail)
+        user.create(make_job())
+        kubelet.run("cats-1-0")
+        user.wait_phase("Preparing")
+    finally:
+        process.stop()
+    created = [
+        entry
+        for entry in installation.audit(user.namespace, verbs=("create",))
+        if entry["responseStatus"]["code"] < 300
+    ]
+    assert [e["objectRef"]["name"] for e in created if e["objectRef"]["resource"] == "pods"] == ["cats-1-0"]
+
+
+def test_the_rights_of_the_manifest_are_enough_and_no_right_to_write_is_unused(installation: Installation) -> None:
+    entries = [json.loads(line) for line in installation.audit_log.read_text().splitlines()]
     mine = [entry for entry in entries if entry["user"]["username"].endswith(":diffusion-operator")]
     # Quota answers 403 as well, but not because of missing rights.
-    assert [e for e in mine if "RBAC" in e.get("responseStatus", {}).get("message", "")] == []
+    assert [entry for entry in mine if "RBAC" in entry.get("responseStatus", {}).get("message", "")] == []
     used = {
         (entry["objectRef"]["resource"], entry["objectRef"].get("subresource", ""), entry["verb"])
         for entry in mine
         if entry.get("objectRef") and entry["objectRef"]["resource"] != "selfsubjectaccessreviews"
     }
-    assert {resource for resource, _, _ in used} == {names.JOB_PLURAL, names.PROFILE_PLURAL, "pods", "events"}
-    writes = {entry for entry in used if entry[2] not in {"get", "list", "watch"}}
-    assert writes <= {
-        (names.JOB_PLURAL, "status", "update"),
-        ("pods", "", "create"),
-        ("pods", "", "delete"),
-        ("events", "", "create"),
-    }
+    assert writes(used) == writes(granted())
+    assert "secrets" not in {resource for resource, _, _ in granted()}
+
+
+Rights = set[tuple[str, str, str]]
+
+
+def granted() -> Rights:
+    """Return what the manifest grants: (resource, subresource, verb)."""
+    documents = yaml.safe_load_all(MANIFEST.read_text())
+    (role,) = [document for document in documents if document["kind"] == "ClusterRole"]
+    pairs = [(name, verb) for grant in role["rules"] for name in grant["resources"] for verb in grant["verbs"]]
+    return {(*name.partition("/")[::2], verb) for name, verb in pairs}
+
+
+def writes(rights: Rights) -> Rights:
+    return {right for right in rights if right[2] not in {"get", "list", "watch"}}
