@@ -92,7 +92,8 @@ class MemoryCluster:
                 raise ConflictError(f"{key}: not as it was read")
             return self._store(self.jobs, {**current, "status": copy.deepcopy(status)})
 
-        return self._write(f"status {job['metadata']['name']}", write)
+        written: Object = self._write(f"status {job['metadata']['name']}", write)
+        return written
 
     async def create_pod(self, pod: Object) -> Object:
         def write() -> Object:
@@ -103,7 +104,8 @@ class MemoryCluster:
             stored["metadata"]["uid"] = f"{name}-{len(self.created)}"
             return self._store(self.pods, stored)
 
-        return self._write(f"create {pod['metadata']['name']}", write)
+        created: Object = self._write(f"create {pod['metadata']['name']}", write)
+        return created
 
     async def delete_pod(self, pod: Object) -> None:
         def write() -> None:
