@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from diffusion_api.status import Progress
-from diffusion_trainer.curves import Curves, Point
+from diffusion_trainer.curves import Curves
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.progress import Board
 
@@ -70,19 +70,22 @@ class Reporter:
         if not fresh:
             return
         rate = (step - self._start_step) / max(now - self._started, 1e-9)
-        progress = self._progress(step, fresh, curves=curves, rate=rate)
+        loss = sum(point.loss for point in fresh) / len(fresh)
+        progress = self._progress(step, loss, learning_rate=fresh[-1].learning_rate, curves=curves, rate=rate)
         self._metrics.epoch.set(progress.epoch)
-        self._metrics.loss.set(progress.loss or 0.0)
+        self._metrics.loss.set(loss)
+        if curves.evaluations:
+            self._metrics.validation_loss.set(curves.evaluations[-1].loss)
         self._metrics.learning_rate.set(fresh[-1].learning_rate)
         self._metrics.grad_norm.set(fresh[-1].grad_norm)
         self._board.update(progress=progress)
         LOG.info(
             "step %d/%d loss %.5f lr %.3e grad_norm %.4f images/s %.2f",
-            *(step, self._extent.total_steps, progress.loss, fresh[-1].learning_rate, fresh[-1].grad_norm),
+            *(step, self._extent.total_steps, loss, fresh[-1].learning_rate, fresh[-1].grad_norm),
             progress.samples_per_second,
         )
 
-    def _progress(self, step: int, fresh: Sequence[Point], *, curves: Curves, rate: float) -> Progress:
+    def _progress(self, step: int, loss: float, *, learning_rate: float, curves: Curves, rate: float) -> Progress:
         extent = self._extent
         return Progress(
             step=step,
@@ -91,8 +94,8 @@ class Reporter:
             percentage=100 * step // extent.total_steps,
             estimated_remaining_seconds=round((extent.total_steps - step) / rate),
             samples_per_second=round(rate * extent.batch_size, 3),
-            loss=sum(point.loss for point in fresh) / len(fresh),
+            loss=loss,
             validation_loss=curves.evaluations[-1].loss if curves.evaluations else None,
-            learning_rate=fresh[-1].learning_rate,
+            learning_rate=learning_rate,
             last_updated_time=self._board.now(),
         )

@@ -32,8 +32,8 @@ from diffusion_trainer.settings import Settings, settle
 from diffusion_trainer.stopping import StopSignal, Yielded
 
 LOG = logging.getLogger("diffusion_trainer")
-LAST_GRACE_SHARE = 0.9
-"""Share of the grace period after which the process ends itself, so that its last word is still written."""
+RESERVED_SHARE = 0.1
+"""Share of the grace period that is kept for the last word: when only this is left, the process ends itself."""
 WATCH_SECONDS = 1.0
 C_CODE_SECONDS = 60.0
 """How much later than the watchdog thread the one without Python strikes: only when the thread cannot run."""
@@ -157,7 +157,7 @@ class Watchdog:
     def verdict(self) -> Ending | None:
         """Return how the process must end now, None while it may go on."""
         if self._stop.requested:
-            if self._stop.seconds_left <= (1 - LAST_GRACE_SHARE) * self._stop.grace_seconds:
+            if self._stop.seconds_left <= RESERVED_SHARE * self._stop.grace_seconds:
                 return Ending(ExitCode.YIELDED, "told to stop: the grace period is over; the next attempt goes on")
             return None
         silent = self._monotonic() - self._board.last_beat

@@ -68,7 +68,7 @@ def train(run: RunConfig, desk: Desk) -> None:
                 return
             publisher = stack.enter_context(Publisher(target, staging=settings.work / "staging", on_warning=board.warn))
             ready = prepare(run, stores, work=settings.work, board=board)
-            step, curves = resume(run, ledger, ready, board=board, scratch=settings.work)
+            step, curves = resume(run, ledger, ready, desk=desk)
         total = ready.extent.total_steps
         courier = stack.enter_context(Courier(stores.output, on_warning=board.warn))
         events = settings.work / "tensorboard" if spec.tracking.tensorboard else None
@@ -136,14 +136,15 @@ def open_checkpoints(run: RunConfig, stores: Stores, *, on_warning: Callable[[st
     return ledger, Target(stores.open_state, ledger.acquire().lease, identity, retention)
 
 
-def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, board: Board, scratch: Path) -> tuple[int, Curves]:
+def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, desk: Desk) -> tuple[int, Curves]:
     """Put back the newest checkpoint, if the job wants that; return its step and curves, or those of a fresh start."""
     if run.spec.checkpoint.resume == "Never":
         ledger.start_over()
-    found = ledger.load(scratch=scratch)
+    with desk.metrics.checkpoint_duration.labels("load").time():
+        found = ledger.load(scratch=desk.settings.work)
     curves = restore(found, ready.trained, basis=ready.basis) if found else Curves()
     step = found.step if found else 0
-    board.update(stage="Running", detail="", step=step, resumed_from_step=step if found else None)
+    desk.board.update(stage="Running", detail="", step=step, resumed_from_step=step if found else None)
     total, micro_batch = ready.extent.total_steps, ready.share.micro_batch_size
     LOG.info("from step %d to %d, micro-batch %d on %s", step, total, micro_batch, ready.device.torch)
     return step, curves

@@ -120,8 +120,8 @@ def _adamw_by_hand(values, steps, *, clip, settings):
         gradients = {k: 2 * (x * (step + 1) - 0.5) * (step + 1) for k, x in values.items()}
         norm = math.sqrt(sum((g**2).sum() for g in gradients.values()))
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
-        for k, g in gradients.items():
-            g = g * factor
+        for k, raw in gradients.items():
+            g = raw * factor
             m[k] = settings.beta1 * m[k] + (1 - settings.beta1) * g
             v2[k] = settings.beta2 * v2[k] + (1 - settings.beta2) * g**2
             mean, square = m[k] / (1 - settings.beta1**t), v2[k] / (1 - settings.beta2**t)

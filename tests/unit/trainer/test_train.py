@@ -1,0 +1,511 @@
+"""The engine's pure parts: cadence, curves, micro-batches, gradients, state, saving, uploads, results."""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusion_api.run import RunConfig
+from diffusion_api.status import OutputFile
+from diffusion_trainer import output
+from diffusion_trainer.cadence import Cadence, auto_seconds, fits_grace
+from diffusion_trainer.checkpoint import Entry, Saved, Snapshot
+from diffusion_trainer.courier import Courier
+from diffusion_trainer.curves import Curves, Evaluation, Point, first_diverged
+from diffusion_trainer.data import Batch
+from diffusion_trainer.device import gpu_errors, micro_batch_size
+from diffusion_trainer.errors import (
+    BadConfig,
+    BadData,
+    CheckpointUnsupported,
+    Diverged,
+    GpuFault,
+    GpuOutOfMemory,
+    StorageUnavailable,
+)
+from diffusion_trainer.metrics import Metrics
+from diffusion_trainer.objective import Objective
+from diffusion_trainer.objectstore import open_store
+from diffusion_trainer.optim import apply_update, make_optimizer
+from diffusion_trainer.progress import Board
+from diffusion_trainer.saving import Saver, Voices
+from diffusion_trainer.state import Basis, Trained, restore, snapshot
+from diffusion_trainer.train import gradients, settle
+
+CPU = torch.device("cpu")
+
+
+def _run(**changes):
+    training = changes.pop("training", {})
+    spec = {
+        "method": "LoRA",
+        "model": {"source": "file:///model/"},
+        "dataset": {"source": "file:///data/"},
+        "training": training,
+        "output": {"destination": "file:///out/"},
+    }
+    job = {"name": "a", "namespace": "b", "uid": "c"}
+    return RunConfig.model_validate({"job": job, "attempt": 1, "device": "CPU", "spec": spec, **changes})
+
+
+# --- cadence ---
+
+
+@pytest.mark.parametrize(
+    ("interval", "cadence"),
+    [
+        ("Auto", Cadence()),
+        ("500steps", Cadence(steps=500)),
+        ("90s", Cadence(seconds=90)),
+        ("10m", Cadence(seconds=600)),
+        ("2h", Cadence(seconds=7200)),
+    ],
+)
+def test_intervals(interval, cadence):
+    assert Cadence.parse(interval) == cadence
+
+
+def test_due_by_steps():
+    due = [
+        s for s in range(1, 10) if Cadence(steps=3).due(s, elapsed_seconds=0, stall_seconds=None, upload_seconds=None)
+    ]
+    assert due == [3, 6, 9]
+
+
+def test_due_by_time():
+    cadence = Cadence(seconds=90)
+    assert not cadence.due(7, elapsed_seconds=89.9, stall_seconds=1, upload_seconds=1)
+    assert cadence.due(7, elapsed_seconds=90, stall_seconds=1, upload_seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("stall", "upload", "seconds"),
+    [
+        (None, None, 60),  # nothing measured yet: the shortest
+        (1.0, 1.0, 120),  # sqrt(2 x 7200 x 1): the reference's table says 2.0 min
+        (30.0, 10.0, math.sqrt(2 * 7200 * 30)),  # 11 min
+        (0.01, 0.1, 60),  # clamped
+        (1000.0, 10.0, 1800),  # clamped
+        (1.0, 500.0, 600),  # an upload of 500 s needs 1.2 times that
+        (1.0, 3000.0, 3600),  # also beyond the clamp, or uploads would never end
+    ],
+)
+def test_auto_is_young_and_dalys_interval(stall, upload, seconds):
+    assert auto_seconds(stall_seconds=stall, upload_seconds=upload) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("left", "upload", "size", "fits"),
+    [
+        (100, 60, 0, True),
+        (100, 61, 0, False),
+        (15, None, 400_000_000, True),  # 8 s at the assumed 50 MB/s
+        (15, None, 500_000_000, False),
+        (0, None, 1, False),
+    ],
+)
+def test_a_last_save_must_fit_into_most_of_what_is_left(left, upload, size, fits):
+    assert fits_grace(seconds_left=left, upload_seconds=upload, size_bytes=size) == fits
+
+
+# --- micro-batches ---
+
+
+@pytest.mark.parametrize(
+    ("batch", "asked", "found", "size"),
+    [
+        (16, "Auto", None, 16),
+        (16, "Auto", 8, 8),
+        (16, 4, None, 4),
+        (16, 4, 2, 2),
+        (16, 4, 8, 4),
+        (12, 5, None, 4),  # the largest divisor of 12 up to 5
+        (7, 4, None, 1),
+        (4, 64, None, 4),
+    ],
+)
+def test_the_micro_batch_divides_the_batch_within_its_bounds(batch, asked, found, size):
+    run = _run(training={"batchSize": batch, "microBatchSize": asked}, microBatchSize=found)
+    assert micro_batch_size(run) == size
+
+
+def test_a_batch_that_gpus_cannot_share_is_refused():
+    assert micro_batch_size(_run(training={"batchSize": 8}, processesPerNode=4)) == 2
+    for batch in (2, 6):
+        with pytest.raises(BadConfig, match=r"training.batchSize is \d.*multiple of 4"):
+            micro_batch_size(_run(training={"batchSize": batch}, processesPerNode=4))
+
+
+def test_errors_of_cuda_get_their_names():
+    with pytest.raises(GpuOutOfMemory, match=r"2\.00 GiB"), gpu_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(GpuFault, match="ECC"), gpu_errors():
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
+    with pytest.raises(RuntimeError, match="shapes"), gpu_errors():
+        raise RuntimeError("shapes do not match")
+
+
+# --- the gradients of one step ---
+
+
+@dataclass
+class FakeReady:
+    """A denoiser with one weight, which is all that `gradients` needs of a model."""
+
+    weight: torch.nn.Parameter
+    objective: Objective
+    batch_size: int
+
+    def __post_init__(self):
+        self.device = SimpleNamespace(torch=CPU, accelerator=SimpleNamespace(backward=lambda loss: loss.backward()))
+        self.extent = SimpleNamespace(batch_size=self.batch_size)
+
+    def errors(self, batch):
+        noisy = self.objective.noisy(batch.latents, batch.noise, timesteps=batch.timesteps)
+        return self.objective.errors(noisy * self.weight, batch.latents, batch.noise, timesteps=batch.timesteps)
+
+
+def _ready(size):
+    alphas = torch.linspace(0.999, 0.005, 1000)
+    objective = Objective.of(alphas, prediction="Epsilon", gamma=5.0, device=CPU)
+    return FakeReady(torch.nn.Parameter(torch.tensor(0.5)), objective, size)
+
+
+def _batch(size):
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, size, 4, 2, 2, generator=generator)
+    timesteps = torch.arange(size) * 37
+    return Batch(latents, noise, timesteps, torch.zeros(size, 1, 1), torch.ones(size))
+
+
+def _cut(batch, size):
+    names = ("latents", "noise", "timesteps", "text", "weights")
+    pieces = zip(*(getattr(batch, name).split(size) for name in names), strict=True)
+    return [replace(batch, **dict(zip(names, piece, strict=True))) for piece in pieces]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 4, 6, 12])
+def test_the_gradient_does_not_depend_on_the_micro_batch(micro):
+    whole, cut = _ready(12), _ready(12)
+    loss = gradients([_batch(12)], whole)
+    again = gradients(_cut(_batch(12), micro), cut)
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(cut.weight.grad, whole.weight.grad)
+
+
+def test_the_loss_is_the_mean_over_the_images_of_the_batch():
+    ready, batch = _ready(3), _batch(3)
+    loss = gradients([batch], ready)
+    alphas = ready.objective.alphas[batch.timesteps].double()
+    total = 0.0
+    for i in range(3):
+        noisy = alphas[i].sqrt() * batch.latents[i] + (1 - alphas[i]).sqrt() * batch.noise[i]
+        ratio = alphas[i] / (1 - alphas[i])
+        total += min(ratio, 5.0) / ratio * (noisy * 0.5 - batch.noise[i]).square().mean()
+    assert loss.item() == pytest.approx(float(total) / 3, rel=1e-5)
+    assert not loss.requires_grad
+
+
+# --- curves ---
+
+
+def _curves():
+    curves = Curves()
+    for step in (1, 2, 3):
+        curves.note(step, loss=torch.tensor(step / 10), learning_rate=1e-4, grad_norm=torch.tensor(2.0))
+    return curves
+
+
+def test_losses_become_numbers_only_when_asked():
+    curves = _curves()
+    assert curves.points == []
+    assert [point.step for point in curves.settle()] == [1, 2, 3]
+    assert curves.settle() == []
+    assert curves.points[1].loss == torch.tensor(0.2).item()
+
+
+def test_curves_survive_a_checkpoint_exactly():
+    curves = _curves()
+    curves.settle()
+    curves.evaluations.append(Evaluation(3, 0.1 + 0.2, (0.1, 0.7)))
+    curves.evaluated = 3
+    again = Curves.restored(curves.tensors(), json.loads(json.dumps(curves.scalars())))
+    assert again == curves
+    assert Curves.restored(Curves().tensors(), Curves().scalars()) == Curves()
+
+
+def test_metrics_jsonl_is_one_line_per_step():
+    curves = _curves()
+    curves.settle()
+    curves.evaluations.append(Evaluation(2, 0.5, (0.25, 0.75)))
+    lines = [json.loads(line) for line in curves.to_jsonl().decode().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[1]["validation_loss"] == 0.5
+    assert "validation_loss" not in lines[0]
+    assert lines[0]["learning_rate"] == 1e-4
+
+
+def test_what_is_not_finite_is_null_in_json():
+    curves = Curves(points=[Point(1, math.nan, 0.1, math.inf)])
+    assert json.loads(curves.to_jsonl()) == {"step": 1, "loss": None, "learning_rate": 0.1, "grad_norm": None}
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, [1, 2, 3]), (2, [3]), (3, [])])
+def test_points_since_a_step(step, left):
+    curves = _curves()
+    curves.settle()
+    assert [point.step for point in curves.since(step)] == left
+
+
+def test_the_first_loss_that_is_none_is_found():
+    points = [Point(1, 0.1, 0, 0), Point(2, math.inf, 0, 0), Point(3, math.nan, 0, 0)]
+    assert first_diverged(points) == points[1]
+    assert first_diverged(points[:1]) is None
+
+
+def test_divergence_names_step_and_images_and_is_counted():
+    curves, metrics = _curves(), Metrics()
+    curves.note(4, loss=torch.tensor(math.nan), learning_rate=2e-3, grad_norm=torch.tensor(1.0))
+    curves.note(5, loss=torch.tensor(math.nan), learning_rate=2e-3, grad_norm=torch.tensor(1.0))
+    images = [SimpleNamespace(key=f"{i}.png") for i in range(20)]
+    slots = {3: [SimpleNamespace(image=7), SimpleNamespace(image=9)]}  # steps count from 0 in the plan
+    plan = SimpleNamespace(lock=SimpleNamespace(images=images), batch=slots.__getitem__)
+    with pytest.raises(Diverged, match=r"step 4 is nan.*0.002.*7\.png, 9\.png"):
+        settle(curves, plan, metrics=metrics)
+    assert "diffusion_trainer_nonfinite_loss_total 2.0" in metrics.text().decode()
+
+
+# --- state ---
+
+BASIS = Basis("lock", {"unet": "hash"})
+
+
+def _trained(seed=0, names=("a", "b")):
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {name: torch.nn.Parameter(torch.randn(3, generator=generator)) for name in names}
+    from diffusion_api.training import Optimizer
+
+    return Trained(parameters, make_optimizer(parameters, Optimizer(), device=CPU))
+
+
+def _step(trained):
+    sum(p.square().sum() for p in trained.parameters.values()).backward()
+    apply_update(trained.optimizer, learning_rate=0.1, max_grad_norm=1.0)
+
+
+def _copied(found):
+    tensors = {g: {n: t.detach().clone() for n, t in group.items()} for g, group in found.tensors.items()}
+    return Snapshot(found.step, tensors, json.loads(json.dumps(found.scalars)))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_state_goes_on_bit_for_bit(steps):
+    straight, first, second = _trained(), _trained(), _trained(seed=1)
+    for _ in range(5):
+        _step(straight)
+    for _ in range(steps):
+        _step(first)
+    restore(_copied(snapshot(steps, first, curves=Curves(), basis=BASIS)), second, basis=BASIS)
+    for _ in range(5 - steps):
+        _step(second)
+    for name in straight.parameters:
+        assert torch.equal(straight.parameters[name], second.parameters[name])
+
+
+@pytest.mark.parametrize(
+    ("basis", "field"),
+    [(Basis("other", BASIS.model), "dataset.source"), (Basis(BASIS.dataset, {"unet": "other"}), "model.source")],
+)
+def test_another_basis_is_refused_by_name(basis, field):
+    saved = _copied(snapshot(0, _trained(), curves=Curves(), basis=BASIS))
+    with pytest.raises(BadData, match=field):
+        restore(saved, _trained(), basis=basis)
+
+
+def test_other_parameters_are_refused():
+    saved = _copied(snapshot(0, _trained(), curves=Curves(), basis=BASIS))
+    with pytest.raises(CheckpointUnsupported, match="step 0"):
+        restore(saved, _trained(names=("a", "c")), basis=BASIS)
+
+
+# --- saving ---
+
+
+@dataclass
+class FakePublisher:
+    """Remembers what was saved; `busy` and `committing` say how the uploader behaves."""
+
+    busy: bool = False
+    committing: bool = True
+    saves: list = field(default_factory=list)
+    saved: Saved | None = None
+
+    def save(self, taken, *, wait=False):
+        self.saves.append((taken.step, wait))
+        if self.committing or wait:
+            entry = Entry(taken.step, 1, f"ckpt/{taken.step}", "sha", 100.0)
+            self.saved = Saved(entry, stall_seconds=1.0, upload_seconds=2.0, size_bytes=10)
+
+    def try_save(self, taken):
+        if not self.busy:
+            self.save(taken)
+        return not self.busy
+
+    def flush(self, *, deadline_seconds):  # noqa: ARG002 - the protocol
+        return not self.busy
+
+    def poll(self):
+        pass
+
+
+def _saver(publisher, interval="2steps", start_step=0):
+    clock = SimpleNamespace(now=0.0)
+    board, metrics = Board(attempt=1), Metrics()
+    tensors = {"model": {"a": torch.zeros(1000)}}
+    saver = Saver(
+        publisher,
+        lambda step: Snapshot(step, tensors, {}),
+        cadence=Cadence.parse(interval),
+        start_step=start_step,
+        voices=Voices(board, metrics, "file:///state/"),
+        monotonic=lambda: clock.now,
+    )
+    return clock, board, metrics, saver
+
+
+def test_a_step_is_saved_once_and_announced():
+    publisher = FakePublisher()
+    _, board, metrics, saver = _saver(publisher)
+    assert [step for step in range(1, 5) if saver.due(step)] == [2, 4]
+    saver.save(2)
+    assert not saver.due(2)
+    latest = board.state.latest_checkpoint
+    assert (latest.step, latest.uri, latest.time) == (2, "file:///state/ckpt/2/", "1970-01-01T00:01:40Z")
+    saver.announce()
+    assert 'checkpoints_total{result="acknowledged"} 1.0' in metrics.text().decode()
+
+
+def test_the_step_that_was_resumed_from_is_not_saved_again():
+    _, _, _, saver = _saver(FakePublisher(), start_step=2)
+    assert not saver.due(2)
+
+
+def test_a_busy_uploader_puts_a_timed_save_off():
+    publisher = FakePublisher(busy=True)
+    clock, board, metrics, saver = _saver(publisher, interval="60s")
+    clock.now = 60
+    assert saver.due(5)
+    saver.save(5)
+    assert publisher.saves == []
+    assert saver.due(6)
+    assert 'checkpoints_total{result="skipped"} 1.0' in metrics.text().decode()
+    publisher.busy = False
+    saver.save(6)
+    assert publisher.saves == [(6, False)]
+    clock.now = 119
+    assert not saver.due(7)
+    assert board.state.latest_checkpoint.step == 6
+
+
+def test_the_end_waits_for_the_acknowledgement():
+    publisher = FakePublisher(committing=False)
+    _, board, _, saver = _saver(publisher, interval="Auto")
+    saver.save(9, wait=True)
+    assert publisher.saves == [(9, True)]
+    assert board.state.latest_checkpoint.step == 9
+    saver.save(9, wait=True)
+    assert publisher.saves == [(9, True)]
+
+
+@pytest.mark.parametrize(("seconds", "saves"), [(30.0, [(3, False)]), (0.0, [])])
+def test_giving_way_saves_what_fits(seconds, saves):
+    publisher = FakePublisher()
+    _, _, _, saver = _saver(publisher)
+    saver.give_way(3, seconds_left=seconds)
+    assert publisher.saves == saves
+
+
+def test_giving_way_leaves_a_busy_uploader_alone():
+    publisher = FakePublisher(busy=True)
+    _, _, _, saver = _saver(publisher)
+    saver.give_way(3, seconds_left=30)
+    assert publisher.saves == []
+
+
+# --- uploads on the way ---
+
+
+@dataclass
+class FakeStore:
+    failures: int = 0
+    objects: dict = field(default_factory=dict)
+
+    def put(self, key, data):
+        if self.failures:
+            self.failures -= 1
+            raise StorageUnavailable(f"put {key}: down")
+        self.objects[key] = data
+
+    def put_file(self, key, path):
+        self.put(key, path.read_bytes())
+
+
+def test_a_courier_delivers_bytes_and_files_before_it_leaves(tmp_path):
+    store = FakeStore()
+    (tmp_path / "events").write_bytes(b"e")
+    with Courier(store, on_warning=pytest.fail) as courier:
+        courier.send("metrics.jsonl", b"1")
+        courier.send("metrics.jsonl", b"2")
+        courier.send("events", tmp_path / "events")
+    assert store.objects == {"metrics.jsonl": b"2", "events": b"e"}
+
+
+def test_what_failed_is_sent_once_more_at_the_end():
+    warnings = []
+    store = FakeStore(failures=1)
+    with Courier(store, on_warning=warnings.append) as courier:
+        courier.send("a", b"1")
+    assert store.objects == {"a": b"1"}
+    assert warnings == ["upload a: put a: down"]
+
+
+def test_a_store_that_stays_down_ends_the_run():
+    with pytest.raises(StorageUnavailable), Courier(FakeStore(failures=2), on_warning=lambda _: None) as courier:
+        courier.send("a", b"1")
+
+
+def test_nobody_waits_for_uploads_of_a_run_that_failed():
+    store = FakeStore(failures=9)
+    with pytest.raises(BadConfig), Courier(store, on_warning=lambda _: None):
+        raise BadConfig("x")
+    assert store.objects == {}
+
+
+# --- results ---
+
+
+def test_results_have_their_hashes_and_leave_a_receipt(tmp_path):
+    state, store = open_store(f"file://{tmp_path}/state/"), open_store(f"file://{tmp_path}/out/")
+    folder = tmp_path / "export"
+    (folder / "diffusers").mkdir(parents=True)
+    (folder / "diffusers" / "w").write_bytes(b"abc")
+    files = output.upload(store, folder, [folder / "diffusers" / "w"])
+    sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert files == (OutputFile(name="diffusers/w", sha256=sha, bytes=3),)
+    assert store.get("diffusers/w") == b"abc"
+    assert output.receipt(state, store, identity="x") is None
+    output.sign(state, files, identity="x")
+    assert output.receipt(state, store, identity="x") == files
+    assert output.receipt(state, store, identity="another spec") is None
+    store.delete("diffusers/w")
+    assert output.receipt(state, store, identity="x") is None
+
+
+def test_the_model_card_shows_how_to_load_the_weights():
+    card = output.model_card(_run().spec, family="SD1", images=12, steps=2000)
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    assert "12 images for 2000 steps" in card
+    assert "load_lora_weights" in card
