@@ -82,6 +82,25 @@ class ProgressReport(ApiModel):
     """When this was true."""
 
 
+class PreflightReport(ApiModel):
+    """What a preflight found out."""
+
+    family: str | None = None
+    """Family of the model; None where it could not be told."""
+    architecture: str | None = None
+    """The published network that the model is, as in memory.py; None where it is another one."""
+    images: int = 0
+    """Images in the dataset, at least, where `complete` is false."""
+    complete: bool = True
+    """Whether the whole dataset was listed."""
+    sampled: int = 0
+    """Images that were decoded."""
+    bytes: int = 0
+    """Size of the listed images."""
+    seconds: float = 0
+    """How long it took."""
+
+
 class LastWord(ApiModel):
     """Termination message of a pod: JSON of at most 4096 bytes."""
 
@@ -105,6 +124,8 @@ class LastWord(ApiModel):
     """How far it was."""
     output: Annotated[tuple[OutputFile, ...], Field(max_length=8)] = ()
     """Exported files, when done."""
+    preflight: PreflightReport | None = None
+    """What a preflight, which is attempt 0, found out."""
     warnings: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=4)] = ()
     """What a user should know."""
     last_lines: str = ""

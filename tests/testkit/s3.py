@@ -6,9 +6,10 @@ import contextlib
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,7 +46,8 @@ class S3Server:
 
     `address` is loopback by default; pods reach it when it is an address of the cluster (`cluster.host_ip`). Bucket
     names need three characters, and a key cannot lie below another key (the backend is a folder). `data` outlives the
-    server where it is given, so that a restart finds its objects again.
+    server where it is given, so that a restart finds its objects again. Every key is the owner's, who may do all;
+    `add_user` adds one who may do what bucket policies allow.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class S3Server:
             self._credentials.access_key_id,
         ]
         command += ["--secret", self._credentials.secret_access_key, "--region", self._credentials.region, "--quiet"]
-        command += ["posix", *_metadata_beside(data), data]
+        users = self._scratch / "users"
+        users.mkdir()
+        command += ["--iam-dir", users, "posix", *_metadata_beside(data), data]
         self._process = ServerProcess(command, log=self._fixed_log or self._scratch / "versitygw.log")
         try:
             wait_until(lambda: self._up(port), describe=f"the S3 server at {self._credentials.endpoint_url}")
@@ -99,6 +103,26 @@ class S3Server:
             self.stop()
             raise
         return self._credentials
+
+    def add_user(self, access_key_id: str, secret_access_key: str) -> S3Credentials:
+        """Add a user without any rights of its own and return its credentials; gone when the server stops."""
+        own = self.credentials
+        admin: list[str | Path] = [
+            tools.binary("versitygw"),
+            "admin",
+            "--access",
+            own.access_key_id,
+            "--secret",
+            own.secret_access_key,
+            "--region",
+            own.region,
+        ]
+        user = ["create-user", "--access", access_key_id, "--secret", secret_access_key, "--role", "user"]
+        command = [*admin, "--endpoint-url", own.endpoint_url, *user]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"add the user {access_key_id}: {done.stderr or done.stdout}")
+        return replace(own, access_key_id=access_key_id, secret_access_key=secret_access_key)
 
     def stop(self, *, grace_seconds: float = 3) -> None:
         """End it. With `grace_seconds=0` it dies as in a crash."""

@@ -51,6 +51,7 @@ def last_word(ending: Ending, board: Board, *, log_lines: Iterable[str]) -> str:
         best_checkpoint=state.best_checkpoint,
         progress=state.progress,
         output=state.output[:8] if ending.code == ExitCode.DONE else (),
+        preflight=state.preflight,
         warnings=state.warnings[-_WARNING_LIMIT:],
         last_lines="\n".join((*log_lines, *ending.lines)),
     )

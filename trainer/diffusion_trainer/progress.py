@@ -18,7 +18,7 @@ from socketserver import TCPServer
 from typing import Any, Literal
 
 from diffusion_api import names
-from diffusion_api.run import ProgressReport
+from diffusion_api.run import PreflightReport, ProgressReport
 from diffusion_api.status import BestCheckpoint, LatestCheckpoint, OutputFile, Progress
 
 Stage = Literal["Preparing", "Running", "Exporting"]
@@ -44,6 +44,7 @@ class State:
     best_checkpoint: BestCheckpoint | None = None
     output: tuple[OutputFile, ...] = ()
     warnings: tuple[str, ...] = ()
+    preflight: PreflightReport | None = None
 
 
 class Board:

@@ -11,6 +11,7 @@ from diffusion_api import names
 from diffusion_api.run import RunConfig
 from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.objectstore import Credentials, ObjectStore, join_uri, open_store
+from diffusion_trainer.objectstore.settings import TransferSettings
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Stores:
     open_state: Callable[[], ObjectStore]
 
 
-def open_stores(run: RunConfig, *, credentials: Path) -> Stores:
+def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings | None = None) -> Stores:
     """Return the stores; nothing is contacted yet. `credentials` is the folder of the Secret, where one is named.
 
     Raises `PermissionDenied` when the Secret lacks a key, `InvalidUri` when a location is none.
@@ -36,6 +37,7 @@ def open_stores(run: RunConfig, *, credentials: Path) -> Stores:
         open_store,
         credentials=Credentials.from_folder(credentials) if spec.credentials.secret_ref else None,
         endpoint_url=spec.credentials.endpoint_url,
+        settings=settings,
     )
     open_state = partial(opened, join_uri(spec.output.destination, names.checkpoint_prefix(run.job.uid)))
     return Stores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +26,7 @@ _AT_A_TIME = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Checked:
+class Checked:
     """A candidate after its file was looked at. `bad`: it could not be read, as opposed to not being wanted."""
 
     candidate: Candidate
@@ -51,13 +52,13 @@ def freeze(
 
     """
     candidates = read_layout(source, dataset.format)
-    _demand_captions(candidates, dataset, source)
+    demand_captions(candidates, dataset, source)
     checked = _drop_duplicates(_checked(candidates, dataset.filters, Pictures(source, work), report), dataset.filters)
-    _demand_few_bad(checked, dataset.filters, source)
+    demand_few_bad(checked, dataset.filters, source)
     kept = [one for one in checked if not one.reason]
     if not kept:
-        counts = ", ".join(f"{count} x {reason}" for reason, count in _counts(checked).items())
-        raise BadData(f"dataset.source {source.uri}: no image is left to train on ({counts}); relax dataset.filters")
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts(checked).items())
+        raise BadData(f"dataset.source {source.uri}: no image is left to train on ({reasons}); relax dataset.filters")
     splits = split({one.id for one in kept}, dataset.validation.fraction, seed=seed)
     shapes = choose([one.size for one in kept if splits[one.id] == "train"], dataset, batch_size=batch_size)
     images = tuple(
@@ -72,7 +73,7 @@ def freeze(
         )
         for one in kept
     )
-    return DatasetLock(images, _rejected(checked), _counts(checked))
+    return DatasetLock(images, _rejected(checked), counts(checked))
 
 
 def split(contents: Iterable[str], fraction: float, *, seed: int) -> dict[str, Split]:
@@ -87,7 +88,8 @@ def split(contents: Iterable[str], fraction: float, *, seed: int) -> dict[str, S
     return {content: "validation" if i < held_out else "train" for i, content in enumerate(ranked)}
 
 
-def _demand_captions(candidates: Sequence[Candidate], dataset: Dataset, source: ObjectStore) -> None:
+def demand_captions(candidates: Sequence[Candidate], dataset: Dataset, source: ObjectStore) -> None:
+    """Raise `BadData` when an image has no caption and there is none for such images."""
     without = [one.key for one in candidates if one.caption is None and not one.fault]
     if without and dataset.captions.default is None:
         raise BadData(
@@ -99,26 +101,27 @@ def _demand_captions(candidates: Sequence[Candidate], dataset: Dataset, source: 
 
 def _checked(
     candidates: Sequence[Candidate], filters: Filters, pictures: Pictures, report: Callable[[str], None]
-) -> list[_Checked]:
+) -> list[Checked]:
     remaining = iter(candidates)
-    checked: list[_Checked] = []
+    checked: list[Checked] = []
     while some := list(islice(remaining, _AT_A_TIME)):
-        checked += in_parallel(lambda one: _check(one, filters, pictures), some, parallel=PARALLEL)
+        checked += in_parallel(lambda one: check(one, filters, pictures), some, parallel=PARALLEL)
         report(f"checking images {len(checked)}/{len(candidates)}")
     return checked
 
 
-def _check(candidate: Candidate, filters: Filters, pictures: Pictures) -> _Checked:
+def check(candidate: Candidate, filters: Filters, pictures: Pictures) -> Checked:
+    """Download and decode a candidate."""
     if candidate.fault:
-        return _Checked(candidate, reason=candidate.fault, bad=True)
+        return Checked(candidate, reason=candidate.fault, bad=True)
     if candidate.size_bytes > MAX_FILE_BYTES:  # not even downloaded
-        return _Checked(candidate, reason=f"the file is larger than {MAX_FILE_BYTES // 1024**2} MiB", bad=True)
+        return Checked(candidate, reason=f"the file is larger than {MAX_FILE_BYTES // 1024**2} MiB", bad=True)
     content = pictures.download(candidate.key)
     try:
         size = decode(pictures.place(content)).size
     except Rejected as rejected:
-        return _Checked(candidate, reason=rejected.reason, bad=True)
-    return _Checked(candidate, id=content, size=size, reason=_unwanted(size, filters))
+        return Checked(candidate, reason=rejected.reason, bad=True)
+    return Checked(candidate, id=content, size=size, reason=_unwanted(size, filters))
 
 
 def _unwanted(size: Shape, filters: Filters) -> str:
@@ -129,7 +132,7 @@ def _unwanted(size: Shape, filters: Filters) -> str:
     return ""
 
 
-def _drop_duplicates(checked: Sequence[_Checked], filters: Filters) -> list[_Checked]:
+def _drop_duplicates(checked: Sequence[Checked], filters: Filters) -> list[Checked]:
     """Keep the first image of each content in the order of the keys."""
     if filters.duplicates == "Keep":
         return list(checked)
@@ -137,14 +140,15 @@ def _drop_duplicates(checked: Sequence[_Checked], filters: Filters) -> list[_Che
     result = []
     for one in checked:
         if not one.reason and one.id in seen:
-            result.append(_Checked(one.candidate, reason=DUPLICATE))
+            result.append(Checked(one.candidate, reason=DUPLICATE))
         else:
             seen.add(one.id)
             result.append(one)
     return result
 
 
-def _demand_few_bad(checked: Sequence[_Checked], filters: Filters, source: ObjectStore) -> None:
+def demand_few_bad(checked: Sequence[Checked], filters: Filters, source: ObjectStore) -> None:
+    """Raise `BadData` when more images cannot be read than `filters` allows."""
     bad = [one for one in checked if one.bad]
     if len(bad) <= filters.max_bad_fraction * len(checked):
         return
@@ -160,15 +164,12 @@ def _caption(candidate: Candidate, dataset: Dataset) -> str:
     return dataset.captions.prefix + own
 
 
-def _counts(checked: Iterable[_Checked]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for one in checked:
-        if one.reason:
-            counts[one.reason] = counts.get(one.reason, 0) + 1
-    return dict(sorted(counts.items()))
+def counts(checked: Iterable[Checked]) -> dict[str, int]:
+    """Return how many images are left out, by reason."""
+    return dict(sorted(Counter(one.reason for one in checked if one.reason).items()))
 
 
-def _rejected(checked: Iterable[_Checked]) -> dict[str, tuple[str, ...]]:
+def _rejected(checked: Iterable[Checked]) -> dict[str, tuple[str, ...]]:
     rejected: dict[str, tuple[str, ...]] = {}
     for one in checked:
         if one.reason:

@@ -45,7 +45,11 @@ def read_layout(source: ObjectStore, layout: str) -> tuple[Candidate, ...]:
         BadData: metadata.jsonl cannot be parsed, or names images that are not there.
 
     """
-    objects = {info.key: info for info in source.list() if not _hidden(info.key)}
+    return candidates({info.key: info for info in source.list() if not hidden(info.key)}, source, layout)
+
+
+def candidates(objects: Mapping[str, ObjectInfo], source: ObjectStore, layout: str) -> tuple[Candidate, ...]:
+    """Return what `read_layout` does, of a folder that consists of these objects."""
     images = [info for key, info in objects.items() if key.lower().endswith(IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES)]
     if not images:
         raise InputMissing(
@@ -83,9 +87,15 @@ def _too_long() -> str:
     return f"caption longer than {MAX_CAPTION_CHARACTERS} characters"
 
 
-def _hidden(key: str) -> bool:
+def hidden(key: str) -> bool:
     """Return whether a program left it there (.DS_Store, ._image.jpg, .cache/), not the user."""
     return any(part.startswith((".", "__MACOSX")) for part in key.split("/"))
+
+
+def sidecars(image: str) -> tuple[str, ...]:
+    """Return the keys at which the caption of an image may lie, first choice first."""
+    stem = posixpath.splitext(image)[0]
+    return tuple(stem + suffix for suffix in CAPTION_SUFFIXES)
 
 
 def _from_sidecars(
@@ -93,8 +103,7 @@ def _from_sidecars(
 ) -> dict[str, str | _Fault]:
     named: dict[str, str] = {}
     for info in images:
-        stem = posixpath.splitext(info.key)[0]
-        found = next((stem + suffix for suffix in CAPTION_SUFFIXES if stem + suffix in objects), None)
+        found = next((key for key in sidecars(info.key) if key in objects), None)
         if found:
             named[info.key] = found
 

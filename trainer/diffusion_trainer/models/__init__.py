@@ -6,9 +6,30 @@ adapters. Does not belong here: losses and timesteps (`objective`), file formats
 Models are hostile input: safetensors only, no code from the model's folder, class names from an allow-list, no network.
 """
 
-from diffusion_trainer.models.base import Family, NoiseSchedule
-from diffusion_trainer.models.fetching import fetch_model
-from diffusion_trainer.models.lora import add_lora, trainable
-from diffusion_trainer.models.opening import open_model
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusion_trainer.models.base import Family, NoiseSchedule
+    from diffusion_trainer.models.fetching import fetch_model
+    from diffusion_trainer.models.lora import add_lora, trainable
+    from diffusion_trainer.models.opening import open_model
 
 __all__ = ["Family", "NoiseSchedule", "add_lora", "fetch_model", "open_model", "trainable"]
+
+_ROOMS = {
+    "base": ("Family", "NoiseSchedule"),
+    "fetching": ("fetch_model",),
+    "lora": ("add_lora", "trainable"),
+    "opening": ("open_model",),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use: the preflight looks at datasets and models in a process without torch."""
+    room = next((room for room, names in _ROOMS.items() if name in names), None)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{room}"), name)

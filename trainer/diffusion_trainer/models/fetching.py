@@ -24,6 +24,22 @@ def fetch_model(source: ObjectStore, work: Path, *, report: Callable[[str], None
         BadData: the source contains code.
 
     """
+    sizes = wanted_files(source)
+    folder = work / "model"
+    report(f"downloading the model ({sum(sizes.values()) / 1e9:.1f} GB)")
+
+    def fetch(key: str) -> None:
+        path = folder / key
+        if not path.is_file() or path.stat().st_size != sizes[key]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source.get_to_file(key, path)
+
+    in_parallel(fetch, sizes, parallel=_PARALLEL)
+    return folder
+
+
+def wanted_files(source: ObjectStore) -> dict[str, int]:
+    """Return the keys that loading may read and their bytes. Raises like `fetch_model`."""
     found = {info.key: info.size for info in source.list()}
     if INDEX not in found:
         files = [source.uri.rstrip("/"), *(key for key in found if "/" not in key)]
@@ -35,18 +51,7 @@ def fetch_model(source: ObjectStore, work: Path, *, report: Callable[[str], None
     code = next((key for key in found if key.endswith((".py", ".pyc", ".so"))), None)
     if code:
         raise BadData(f"model.source {source.uri}{code} is code, and code of models is never run; remove it")
-    folder = work / "model"
-    wanted = [key for key in found if _wanted(key, SD1)]
-    report(f"downloading the model ({sum(found[key] for key in wanted) / 1e9:.1f} GB)")
-
-    def fetch(key: str) -> None:
-        path = folder / key
-        if not path.is_file() or path.stat().st_size != found[key]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            source.get_to_file(key, path)
-
-    in_parallel(fetch, wanted, parallel=_PARALLEL)
-    return folder
+    return {key: size for key, size in found.items() if _wanted(key, SD1)}
 
 
 def _wanted(key: str, components: dict[str, Component]) -> bool:

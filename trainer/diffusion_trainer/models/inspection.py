@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion_api.model import Model
 from diffusion_trainer.errors import BadData, InputMissing
 
 INDEX = "model_index.json"
@@ -59,6 +60,8 @@ SD1 = {
     "tokenizer": Component(frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}), "tokenizer_config.json"),
     "scheduler": Component(_SCHEDULERS, "scheduler_config.json"),
 }
+TRAINABLE = {"SD1": SD1}
+"""Components of each family that can be trained."""
 
 
 def family_of(folder: Path) -> str:
@@ -80,6 +83,19 @@ def family_of(folder: Path) -> str:
     if family == "SD1" and read_json(folder / "unet" / "config.json").get("cross_attention_dim") == _SD2_TEXT_WIDTH:
         return "SD2"
     return family
+
+
+def trainable_family(folder: Path, model: Model) -> str:
+    """Return the family of a model. Raises `BadData` when it is not the one asked for, or cannot be trained yet."""
+    found = family_of(folder)
+    if model.family not in {"Auto", found}:
+        raise BadData(f"model.family is {model.family}, but {model.source} is {found}; use Auto, or another model")
+    if found not in TRAINABLE:
+        raise BadData(
+            f"model.source {model.source} is {found}, which cannot be trained yet; use a model of "
+            f"{' or '.join(TRAINABLE)}"
+        )
+    return found
 
 
 def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, Path]:

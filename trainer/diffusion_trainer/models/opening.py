@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from diffusion_api.job import TrainerSpec
-from diffusion_trainer.errors import BadData
 from diffusion_trainer.models.base import Family
-from diffusion_trainer.models.inspection import family_of
+from diffusion_trainer.models.inspection import trainable_family
 
 
 def open_model(folder: Path, spec: TrainerSpec, *, device: torch.device | str, dtype: torch.dtype) -> Family:
@@ -22,13 +21,7 @@ def open_model(folder: Path, spec: TrainerSpec, *, device: torch.device | str, d
         BadData: a file that may not be there, a class that is not on the list, another family than the spec's.
 
     """
-    found = family_of(folder)
-    if spec.model.family not in {"Auto", found}:
-        raise BadData(
-            f"model.family is {spec.model.family}, but {spec.model.source} is {found}; use Auto, or another model"
-        )
-    if found != "SD1":
-        raise BadData(f"model.source {spec.model.source} is {found}, which cannot be trained yet; use a model of SD1")
+    trainable_family(folder, spec.model)
     # Here, because importing diffusers takes seconds and a refusal needs none of it.
     from diffusion_trainer.models.sd1 import open_sd1
 
