@@ -6,6 +6,7 @@ before anything is tidied up. Whatever a crash leaves undone, the next look at t
 
 from __future__ import annotations
 
+import logging
 from datetime import datetime
 
 from diffusion_api import names
@@ -13,11 +14,13 @@ from diffusion_api.waiting import WaitingCause
 from diffusion_api.waiting_table import hint
 from diffusion_operator.cluster import Cluster
 from diffusion_operator.desired import event
-from diffusion_operator.errors import ExistsError, NotFoundError, RefusedError
+from diffusion_operator.errors import ConflictError, ExistsError, NotFoundError, RefusedError
 from diffusion_operator.knowledge import Knowledge
 from diffusion_operator.policies.waiting.refused import why_refused
 from diffusion_operator.state import Decision, Job, Object, Refusal
 from diffusion_operator.status import to_object
+
+logger = logging.getLogger(__name__)
 
 
 async def apply(decision: Decision, job: Job, *, knowledge: Knowledge, cluster: Cluster) -> bool:
@@ -37,7 +40,8 @@ async def apply(decision: Decision, job: Job, *, knowledge: Knowledge, cluster: 
     for pod in decision.delete:
         try:
             await cluster.delete_pod(pod.raw)
-        except NotFoundError:
+        except (NotFoundError, ConflictError):
+            # Gone already, or another pod has its name by now; the watch has not said so yet.
             knowledge.pods.remove(pod.raw)
     for manifest in decision.create:
         await _create(manifest, job, knowledge=knowledge, cluster=cluster)
@@ -54,10 +58,11 @@ async def tell(job: Job, *, now: datetime, knowledge: Knowledge, cluster: Cluste
             continue
         try:
             await cluster.create_event(manifest)
-        except ExistsError:
-            pass  # told before a restart
-        except NotFoundError:
-            return  # the namespace is gone, and the job with it
+        except (ExistsError, NotFoundError):
+            pass  # told before a restart; or the namespace is gone, and the job with it
+        except RefusedError as error:
+            # News is worth a line in the log, but not that the job waits for it.
+            logger.warning("job %s/%s: event %s: %s", job.namespace, job.name, notice.reason, error)
         told.add(name)
 
 

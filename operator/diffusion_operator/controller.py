@@ -111,8 +111,9 @@ class Controller:
                 self._queue.forgive(uid)
                 if again is not None:
                     self._queue.add_after(uid, again)
-            except ConflictError:
-                self._queue.add(uid)
+            except ConflictError as error:
+                logger.debug("job %s: changed meanwhile: %s", uid, error)
+                self._queue.add_failed(uid)
             except ClusterError as error:
                 self._failed(uid, error)
             except Exception as error:

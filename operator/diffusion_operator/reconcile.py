@@ -45,6 +45,7 @@ class Reconciler:
             return None
         job = Job.read(raw)
         now = self.clock()
+        self._bury(job)
         seen = await observe(
             job,
             knowledge=self.knowledge,
@@ -59,7 +60,10 @@ class Reconciler:
             written = await apply(decision, job, knowledge=self.knowledge, cluster=self.cluster)
         except (ConflictError, NotFoundError):
             await self._read_again(job)
-            raise
+            if self.knowledge.jobs.get(uid) is not None:
+                raise
+            self.forget(uid)
+            return None
         if written and decision.status is not None:
             self._note(job, decision.status)
         self._follow(job, decision)
@@ -98,8 +102,10 @@ class Reconciler:
         for attempt in status.attempts:
             if attempt.ended_at and attempt.number not in before and attempt.number >= job.status.attempt:
                 self.metrics.attempts.labels(cause=attempt.cause or "Unknown").inc()
-        # Evidence that has been judged and written down is not needed any more.
-        newest = status.attempts[0] if status.attempts else None
+
+    def _bury(self, job: Job) -> None:
+        """Forget gone pods of attempts whose end has been judged and written down."""
+        newest = job.status.attempts[0] if job.status.attempts else None
         if newest is not None:
-            closed = newest.number + 1 if newest.ended_at else newest.number
-            self.knowledge.pods.bury(job.uid, before_attempt=closed)
+            judged = newest.number + 1 if newest.ended_at else newest.number
+            self.knowledge.pods.bury(job.uid, before_attempt=judged)
