@@ -131,6 +131,15 @@ def test_preempted_by_sigterm(job, reference, seam):
     assert_same(job, reference)
 
 
+def test_preempted_within_an_evaluation(job, reference):
+    """The evaluation is left to the next attempt, which owes it before its first step."""
+    assert job.attempt(seams=[("terminate_during_evaluation", 1)]) == ExitCode.YIELDED, job.log.read_text()
+    assert job.last_word()["latestCheckpoint"]["step"] == 3
+    job.finish()
+    assert resumed_from(job) == 3
+    assert_same(job, reference)
+
+
 def test_preempted_without_time_to_save(job, reference):
     """A grace period too short for a save costs the steps since the last checkpoint, and nothing else."""
     job.run = {"gracePeriodSeconds": 0}

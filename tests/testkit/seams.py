@@ -11,12 +11,13 @@ import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from diffusion_trainer import progress, rng, train
+from diffusion_trainer import evaluation, progress, rng, train
 
 
 def seed_like_a_new_interpreter() -> None:
@@ -57,6 +58,11 @@ def terminate_twice_before_step(step: int) -> None:
 def terminate_during(function: str) -> None:
     """Send SIGTERM when train.py calls a function of its own for the first time."""
     _before(function, lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 1 else None)
+
+
+def terminate_during_evaluation(number: int) -> None:
+    """Send SIGTERM when evaluation `number` (from 1) has begun."""
+    _before("validate", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == number else None, evaluation)
 
 
 def hang_before_step(step: int) -> None:
@@ -122,9 +128,9 @@ def look_before_step(case: tuple[int, str]) -> None:
     _before("gradients", look)
 
 
-def _before(name: str, action: Callable[[int], object]) -> None:
-    """Call `action` with the number of the call, from 1, before each call of a function of train.py."""
-    original = getattr(train, name)
+def _before(name: str, action: Callable[[int], object], module: ModuleType = train) -> None:
+    """Call `action` with the number of the call, from 1, before each call that `module` makes of a function."""
+    original = getattr(module, name)
     calls = 0
 
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -133,4 +139,4 @@ def _before(name: str, action: Callable[[int], object]) -> None:
         action(calls)
         return original(*args, **options)
 
-    setattr(train, name, wrapped)
+    setattr(module, name, wrapped)

@@ -26,7 +26,7 @@ class Extent:
 
 
 class Reporter:
-    """Reports every ten steps, but not more often than every second, nor more seldom than every ten."""
+    """Reports the first step, then every ten, but not more often than every second nor more seldom than every ten."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Reporter:
         """Return whether it is time to read the loss from the device."""
         passed = self._monotonic() - self._reported
         many = step - self._reported_step >= REPORT_STEPS and passed >= LEAST_SECONDS
-        return many or passed >= MOST_SECONDS or step == self._extent.total_steps
+        return many or passed >= MOST_SECONDS or step in {self._start_step + 1, self._extent.total_steps}
 
     def report(self, step: int, curves: Curves) -> None:
         """Publish what the curves say of the steps since the last report, `step` being the newest."""

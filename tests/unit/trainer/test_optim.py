@@ -1,4 +1,4 @@
-"""The learning rate against the peers' formulas and diffusers' own schedulers; the optimizer against hand-made AdamW."""
+"""The learning rate against formulas and the schedulers of diffusers; the optimizer against AdamW made by hand."""
 
 import math
 

@@ -121,13 +121,15 @@ def _points(first, last):
 
 def test_reports_are_due_by_steps_and_by_time():
     clock, _, _, reporter = _reporter()
+    assert reporter.due(1)
     assert not reporter.due(10)  # ten steps, but no second has passed
     clock.now = 1.0
     assert reporter.due(10)
     assert not reporter.due(9)
     clock.now = 10.0
-    assert reporter.due(1)
+    assert reporter.due(2)
     assert _reporter(total=3)[3].due(3)  # the end is always reported
+    assert _reporter(start=7)[3].due(8)  # and that it moves at all
 
 
 def test_a_report_averages_since_the_last_one():
