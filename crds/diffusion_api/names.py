@@ -73,6 +73,15 @@ def pod_name(job: str, attempt: int, rank: int) -> str:
     return f"{job}-{attempt}-{rank}"
 
 
+PREFLIGHT_ATTEMPT = 0
+"""Label of a preflight's pods and number in its last word: it comes before the first attempt."""
+
+
+def preflight_name(job: str, number: int) -> str:
+    """Return the name of the pod of a job's preflight; `number` counts tries, from 0."""
+    return f"{job}-preflight-{number}" if number else f"{job}-preflight"
+
+
 def checkpoint_prefix(job_uid: str) -> str:
     """Return the prefix, below the output destination, of a job's resumable state. Ends with a slash."""
     return f"checkpoints/{job_uid}/"
@@ -82,6 +91,7 @@ CACHE_PREFIX = "cache/"
 """Prefix, below the output destination, of cached latents and text embeddings: content-addressed."""
 EXPORT_DIFFUSERS = "diffusers/"
 EXPORT_KOHYA = "kohya/"
+EXPORT_SINGLE_FILE = "single-file/"
 SAMPLES_PREFIX = "samples/"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"

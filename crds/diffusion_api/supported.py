@@ -26,6 +26,7 @@ LIMITS = (
     Limit("lora.dropout", (0,)),
     Limit("lora.useDora", (False,)),
     Limit("model.family", ("Auto", "SD1")),
+    Limit("model.revision", (None,)),
     Limit("model.vae", (None,)),
     Limit("model.textEncoder.train", (False,)),
     Limit("dataset.concepts", (None,)),
@@ -77,6 +78,8 @@ def unsupported(spec: JobSpec, *, local: bool = False) -> Iterator[tuple[str, ob
         value = _at(content, limit.path)
         if value is not _ABSENT and value not in limit.allowed:
             yield limit.path, value, _remedy(limit)
+    if spec.model.source.endswith(".safetensors"):
+        yield "model.source", spec.model.source, "use a folder in diffusers layout instead of a single file"
     schemes = LOCAL_SCHEMES if local else SCHEMES
     for path in _URI_FIELDS:
         uri = _at(content, path)

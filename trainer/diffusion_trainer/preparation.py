@@ -32,7 +32,7 @@ LOCK_KEY = "dataset.lock.json"
 EXPORTERS = {
     "Diffusers": (names.EXPORT_DIFFUSERS, export.export_diffusers),
     "Kohya": (names.EXPORT_KOHYA, export.export_kohya),
-    "SingleFile": ("single-file/", export.export_single_file),
+    "SingleFile": (names.EXPORT_SINGLE_FILE, export.export_single_file),
 }
 
 

@@ -49,6 +49,7 @@ def test_epochs_count_batches():
         ("dreamBooth", {"instancePrompt": "a"}, "dreamBooth does not belong to method LoRA"),
         ("model.source", "ftp://x/yyyy", "spec.model.source: ftp://x/yyyy: not supported yet: use s3://"),
         ("dataset.source", "file:///tmp/x", "spec.dataset.source: file:///tmp/x: not supported yet: use s3://"),
+        ("model.source", "s3://models/sd.safetensors", "not supported yet: use a folder in diffusers layout"),
         ("lora.useDora", True, "spec.lora.useDora: true: not supported yet: use false"),
         ("resources.nodes", 2, "spec.resources.nodes: 2: not supported yet: use 1"),
         ("output.hub", {"repository": "a/b"}, "not supported yet: leave it out"),
