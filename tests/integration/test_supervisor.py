@@ -11,7 +11,9 @@ import pytest
 from diffusion_api import names
 from diffusion_api.outcomes import ExitCode
 from diffusion_api.run import MAX_LAST_WORD_BYTES, LastWord, ProgressReport
+from diffusion_trainer.objectstore import Credentials, open_store
 from testkit.attempts import UID, TrainerJob
+from testkit.s3 import S3Server
 from testkit.tiny import make_image_folder, make_tiny_sd1
 from testkit.waiting import wait_until
 from testkit.warm import WarmTrainers
@@ -247,6 +249,39 @@ def test_another_base_model_is_never_resumed_on(job, tmp_path):
     make_tiny_sd1(inputs / "model", seed=1)
     assert job.attempt() == ExitCode.BAD_DATA, job.log.read_text()
     assert "model.source" in job.last_word()["message"]
+
+
+def test_killed_and_resumed_on_s3(job, inputs, tmp_path):
+    """Model, dataset, credentials and results where pods have them: in buckets and a Secret's folder."""
+    with S3Server(buckets=["team"]) as server:
+        keys = server.credentials
+        secret = tmp_path / "secret"
+        secret.mkdir()
+        (secret / "AWS_ACCESS_KEY_ID").write_text(keys.access_key_id)
+        (secret / "AWS_SECRET_ACCESS_KEY").write_text(keys.secret_access_key)
+        (secret / "AWS_REGION").write_text(keys.region)
+        (secret / "AWS_ENDPOINT_URL").write_text(keys.endpoint_url)
+        credentials = Credentials.from_folder(secret)
+        for name in ("model", "data"):
+            store = open_store(f"s3://team/{name}/", credentials=credentials)
+            for path in (path for path in (inputs / name).rglob("*") if path.is_file()):
+                store.put_file(path.relative_to(inputs / name).as_posix(), path)
+        job.environment = {names.ENV_CREDENTIALS_DIR: str(secret)}
+        job.overrides = {
+            "model": {"source": "s3://team/model/"},
+            "dataset": job.spec()["dataset"] | {"source": "s3://team/data/"},
+            "output": {"destination": "s3://team/results/", "formats": ["Diffusers"]},
+            "credentials": {"secretRef": {"name": "team-s3"}},
+        }
+        assert job.attempt(failpoint="step:5:kill", workers=2) == -signal.SIGKILL, job.log.read_text()
+        job.finish(workers=2)
+        word = LastWord.model_validate(job.last_word())
+        assert word.resumed_from_step in {2, 4}
+        assert word.latest_checkpoint.uri.startswith(f"s3://team/results/{names.checkpoint_prefix(UID)}ckpt/")
+        results = open_store("s3://team/results/", credentials=credentials)
+        assert len(results.get(names.METRICS_FILE).splitlines()) == STEPS
+        assert results.head(word.output[0].name).size == word.output[0].bytes
+        assert keys.secret_access_key not in job.log.read_text() + json.dumps(job.last_word())
 
 
 def test_help_needs_no_torch():

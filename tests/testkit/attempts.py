@@ -19,7 +19,8 @@ class TrainerJob:
     """A job on a tiny model; each of its attempts begins with an empty disk, as a new pod does.
 
     `inputs` holds `model/` and `data/`; `root` is empty and gets `out/`, the destination, and a folder per attempt.
-    `overrides` replace sections of the spec, and fields of `training` one by one.
+    `overrides` replace sections of the spec, and fields of `training` one by one; `run` replaces fields of the
+    RunConfig, `environment` adds variables.
     """
 
     root: Path
@@ -28,6 +29,7 @@ class TrainerJob:
     attempts: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def spec(self) -> dict[str, Any]:
         """Return the trainer's sections of the job."""
@@ -80,6 +82,7 @@ class TrainerJob:
             "DIFFUSION_LOADER_WORKERS": str(workers),
             "DIFFUSION_METRICS_PORT": "0",
             "OMP_NUM_THREADS": "1",
+            **self.environment,
         }
 
     def attempt(self, *, seams: Sequence[Seam] = (), failpoint: str = "", workers: int = 0) -> int:
