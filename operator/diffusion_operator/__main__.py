@@ -40,14 +40,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     registry = kopf.get_default_registry()
     assert handlers  # noqa: S101 - imported for what it registers
-    kopf.run(
-        registry=registry,
-        standalone=True,
-        clusterwide=not settings.namespaces,
-        namespaces=settings.namespaces,
-        # Never used without peering; left out, kopf asks for the name of its user, and in a pod the user has none.
-        identity=cast("Any", names.MANAGED_BY),
-    )
+    try:
+        kopf.run(
+            registry=registry,
+            standalone=True,
+            clusterwide=not settings.namespaces,
+            namespaces=settings.namespaces,
+            # Never used without peering; left out, kopf asks for its user's name, and in a pod the user has none.
+            identity=cast("Any", names.MANAGED_BY),
+        )
+    except Exception as error:
+        # How kopf wraps what `handlers.start` raised is its own affair; only the reason is for people.
+        if not isinstance(error.__cause__, kopf.PermanentError):
+            raise
+        sys.stderr.write(f"{error.__cause__}\n")
+        return WRONG_USAGE
     return 0
 
 

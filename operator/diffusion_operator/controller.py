@@ -17,7 +17,7 @@ from diffusion_operator.knowledge import Knowledge
 from diffusion_operator.metrics import Metrics
 from diffusion_operator.progress import ProgressPoller
 from diffusion_operator.reconcile import Reconciler
-from diffusion_operator.settings import Settings, own_version
+from diffusion_operator.settings import PREFIX, Settings, own_version
 from diffusion_operator.state import Object
 from diffusion_operator.workqueue import WorkQueue
 
@@ -161,7 +161,13 @@ class Controller:
         app.router.add_get("/readyz", self._answer_ready)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._settings.http_address, self._settings.http_port).start()
+        address, port = self._settings.http_address, self._settings.http_port
+        try:
+            await web.TCPSite(self._runner, address, port).start()
+        except OSError as error:
+            raise SettingsError(
+                f"{PREFIX}HTTP_PORT: {port} cannot be listened on: use another one ({error})"
+            ) from error
 
     async def _answer_metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})

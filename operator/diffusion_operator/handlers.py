@@ -16,7 +16,7 @@ import kopf
 
 from diffusion_api import names
 from diffusion_operator.controller import Controller
-from diffusion_operator.errors import SettingsError
+from diffusion_operator.errors import OperatorError, SettingsError
 from diffusion_operator.settings import Settings
 from diffusion_operator.state import Object
 
@@ -69,10 +69,16 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     settings.watching.label_selectors["pods"] = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)
     try:
-        memo.controller = Controller(Settings.from_environment(os.environ))
-        await memo.controller.start()
+        controller = Controller(Settings.from_environment(os.environ))
     except SettingsError as error:
         raise kopf.PermanentError(str(error)) from error
+    try:
+        await controller.start()
+    except OperatorError as error:
+        # Any other error kopf would try again, and say nothing to whoever reads only the pod's state.
+        await controller.stop()
+        raise kopf.PermanentError(str(error)) from error
+    memo.controller = controller
 
 
 @kopf.on.cleanup()

@@ -6,6 +6,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -388,6 +389,27 @@ def test_kopf_run_works_too(place: Place, installation: Installation) -> None:
         if entry["responseStatus"]["code"] < 300
     ]
     assert [e["objectRef"]["name"] for e in created if e["objectRef"]["resource"] == "pods"] == ["cats-1-0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"http_port": str(PORT)}, "cannot be used: set another one"),
+        ({"workers": "many"}, "DIFFUSION_OPERATOR_WORKERS: 'many' is not a number"),
+    ],
+)
+def test_an_operator_that_cannot_work_says_why_and_ends(
+    installation: Installation, settings: dict[str, str], words: str
+) -> None:
+    process = OperatorProcess(installation, **settings)
+    assert process.wait() == 64
+    assert words in process.tail().splitlines()[-1]
+
+
+def test_an_operator_without_rights_says_which_and_ends(installation: Installation) -> None:
+    process = OperatorProcess(replace(installation, kubeconfig=installation.stranger))
+    assert process.wait() == 64
+    assert "cannot list resource" in process.tail().splitlines()[-1]
 
 
 def test_the_rights_of_the_manifest_are_enough_and_no_right_to_write_is_unused(installation: Installation) -> None:

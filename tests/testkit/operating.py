@@ -48,6 +48,8 @@ class Installation:
     kube: Kube
     kubeconfig: Path
     """The operator's: its service account's token."""
+    stranger: Path
+    """A kubeconfig of a service account without rights."""
     audit_log: Path
     folder: Path
 
@@ -79,7 +81,8 @@ def installed(folder: Path) -> Iterator[Installation]:
         profile = make_profile()
         kube.apply({**profile, "metadata": {"name": profile["metadata"]["name"]}})
         kubeconfig = plane.service_account_kubeconfig(account["name"], namespace=account["namespace"])
-        yield Installation(kube=kube, kubeconfig=kubeconfig, audit_log=log, folder=folder)
+        stranger = plane.service_account_kubeconfig("stranger", namespace="default")
+        yield Installation(kube=kube, kubeconfig=kubeconfig, stranger=stranger, audit_log=log, folder=folder)
 
 
 def _crds() -> list[Path]:
@@ -100,6 +103,7 @@ class OperatorProcess:
             "KUBECONFIG": str(installation.kubeconfig),
             names.ENV_FAILPOINT: failpoint,
             "DIFFUSION_OPERATOR_HTTP_PORT": "0",
+            "DIFFUSION_OPERATOR_PREFLIGHT": "OFF",
             "DIFFUSION_OPERATOR_LOG_LEVEL": "DEBUG",
             "DIFFUSION_OPERATOR_NAMESPACES": namespace,
             **{f"DIFFUSION_OPERATOR_{name.upper()}": value for name, value in settings.items()},
