@@ -47,8 +47,10 @@ class Evaluator:
         on_turn = step > 0 and (step % self.spec.validation.every_steps == 0 or step == self.total_steps)
         return wanted and on_turn and self.curves.evaluated < step
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate now; a stop cuts it short and leaves all of it to the next attempt."""
+    def evaluate_when_due(self, step: int) -> None:
+        """Evaluate the weights after `step` when they are due; a stop leaves all of it to the next attempt."""
+        if not self.due(step) or self.stop.requested:
+            return
         # Each pass through the denoiser is a sign of life: an evaluation may take longer than a hang may.
         alive = self.family.denoiser.register_forward_pre_hook(lambda *_: self.report(f"evaluating step {step}"))
         try:

@@ -14,11 +14,12 @@ TENSORBOARD_PREFIX = f"{names.LOGS_PREFIX}tensorboard/"
 class Tracking:
     """Rewrites metrics.jsonl, and adds to this attempt's TensorBoard file. Everything leaves by courier."""
 
-    def __init__(self, courier: Courier, folder: Path | None, *, attempt: int, start_step: int) -> None:
+    def __init__(self, curves: Curves, courier: Courier, *, folder: Path | None, attempt: int, start_step: int) -> None:
         """`folder` is where event files grow, None for no TensorBoard.
 
-        What an earlier attempt wrote of the steps after `start_step` is purged: TensorBoard shows every step once.
+        What an earlier attempt wrote of the steps after `start_step` is taken back: every step is there once.
         """
+        self._curves = curves
         self._courier = courier
         self._folder = folder
         self._written = self._evaluated = start_step
@@ -30,17 +31,20 @@ class Tracking:
                 folder, purge_step=start_step + 1 if start_step else None, filename_suffix=f".attempt-{attempt}"
             )
 
-    def publish(self, curves: Curves) -> None:
+        if start_step:
+            self.publish()
+
+    def publish(self) -> None:
         """Send what the curves hold by now; their points must be settled."""
-        self._courier.send(names.METRICS_FILE, curves.to_jsonl())
+        self._courier.send(names.METRICS_FILE, self._curves.to_jsonl())
         if self._writer is None or self._folder is None:
             return
-        for point in curves.since(self._written):
+        for point in self._curves.since(self._written):
             self._writer.add_scalar("train/loss", point.loss, point.step)
             self._writer.add_scalar("train/learning_rate", point.learning_rate, point.step)
             self._writer.add_scalar("train/grad_norm", point.grad_norm, point.step)
             self._written = point.step
-        for evaluation in curves.evaluations:
+        for evaluation in self._curves.evaluations:
             if evaluation.step > self._evaluated:
                 self._writer.add_scalar("validation/loss", evaluation.loss, evaluation.step)
                 self._evaluated = evaluation.step

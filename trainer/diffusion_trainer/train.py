@@ -72,7 +72,7 @@ def train(run: RunConfig, desk: Desk) -> None:
         total = ready.extent.total_steps
         courier = stack.enter_context(Courier(stores.output, on_warning=board.warn))
         events = settings.work / "tensorboard" if spec.tracking.tensorboard else None
-        tracking = Tracking(courier, events, attempt=run.attempt, start_step=step)
+        tracking = Tracking(curves, courier, folder=events, attempt=run.attempt, start_step=step)
         reporter = Reporter(board, desk.metrics, extent=ready.extent, start_step=step)
         saver = Saver(
             publisher,
@@ -82,13 +82,21 @@ def train(run: RunConfig, desk: Desk) -> None:
             voices=Voices(board, desk.metrics, stores.state.uri),
         )
         evaluator = Evaluator(
-            *(spec, ready.plan.lock, ready.cache, ready.family, ready.errors, ready.share.micro_batch_size, total),
-            *(curves, courier, stop, board.say),
+            spec=spec,
+            lock=ready.plan.lock,
+            cache=ready.cache,
+            family=ready.family,
+            errors=ready.errors,
+            batch_size=ready.share.micro_batch_size,
+            total_steps=total,
+            curves=curves,
+            courier=courier,
+            stop=stop,
+            report=board.say,
         )
         batches = stack.enter_context(open_batches(spec, ready, start_step=step, workers=settings.loader_workers))
 
-        if evaluator.due(step):  # the last attempt was stopped before it could
-            evaluator.evaluate(step)
+        evaluator.evaluate_when_due(step)  # the last attempt may have been stopped before it could
         while step < total and not stop.requested:
             wait_seconds, batch = timed(batches)
             loss = gradients(batch, ready)
@@ -103,14 +111,14 @@ def train(run: RunConfig, desk: Desk) -> None:
             settings.failpoint.hit("step", step)
             reporter.stepped(step, wait_seconds=wait_seconds, now=time.time())
 
-            if evaluator.due(step) and not stop.requested:
-                evaluator.evaluate(step)
-            if saver.due(step) or reporter.due(step):
+            evaluator.evaluate_when_due(step)
+            saving = saver.due(step)
+            if saving or reporter.due(step):
                 settle(curves, ready.plan, metrics=desk.metrics)  # the only wait for the device: losses as numbers
                 reporter.report(step, curves)
-            if saver.due(step):
+            if saving:
                 saver.save(step)
-                tracking.publish(curves)
+                tracking.publish()
                 settings.failpoint.hit("checkpoint", step)
             saver.announce()
 
@@ -119,11 +127,10 @@ def train(run: RunConfig, desk: Desk) -> None:
             saver.give_way(step, seconds_left=stop.seconds_left)
             raise Yielded
         saver.save(step, wait=True)
-        tracking.publish(curves)
+        tracking.publish()
         with stop.cut_short():
-            board.update(
-                stage="Exporting", detail="", output=deliver(spec, stores, ready, folder=settings.work / "export")
-            )
+            board.update(stage="Exporting", detail="")
+            board.update(output=deliver(spec, stores, ready, folder=settings.work / "export"))
 
 
 def open_checkpoints(run: RunConfig, stores: Stores, *, on_warning: Callable[[str], None]) -> tuple[Ledger, Target]:
