@@ -44,7 +44,13 @@ class Trained:
 
 
 def snapshot(step: int, trained: Trained, *, curves: Curves, basis: Basis) -> Snapshot:
-    """Return the state after `step` steps; its tensors are the live ones, for the publisher to copy."""
+    """Return the state after `step` steps; its tensors are the live ones, for the publisher to copy.
+
+    Raises ValueError when the curves are not settled up to that step: a resumed run would miss some of them.
+    """
+    known = curves.points[-1].step if curves.points else 0
+    if known != step:
+        raise ValueError(f"snapshot of step {step}: the curves are settled up to step {known}")
     return Snapshot(
         step=step,
         tensors={

@@ -308,11 +308,22 @@ def test_state_goes_on_bit_for_bit(steps):
         _step(straight)
     for _ in range(steps):
         _step(first)
-    restore(_copied(snapshot(steps, first, curves=Curves(), basis=BASIS)), second, basis=BASIS)
+    curves = Curves(points=[Point(step, 0.1, 0.1, 0.1) for step in range(1, steps + 1)])
+    found = _copied(snapshot(steps, first, curves=curves, basis=BASIS))
+    assert restore(found, second, basis=BASIS) == curves
     for _ in range(5 - steps):
         _step(second)
     for name in straight.parameters:
         assert torch.equal(straight.parameters[name], second.parameters[name])
+
+
+def test_no_state_is_saved_with_curves_that_lag_behind():
+    """Once, a save that fell due between two looks at the clock would have lost the losses of the last steps."""
+    curves = _curves()
+    with pytest.raises(ValueError, match="step 3: the curves are settled up to step 0"):
+        snapshot(3, _trained(), curves=curves, basis=BASIS)
+    curves.settle()
+    assert snapshot(3, _trained(), curves=curves, basis=BASIS).step == 3
 
 
 @pytest.mark.parametrize(
