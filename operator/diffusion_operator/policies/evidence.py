@@ -15,6 +15,8 @@ SIGTERM_CODE = 143
 NODE_GONE = {"DeletionByTaintManager", "DeletionByPodGC"}
 BY_KUBELET = "TerminationByKubelet"
 NODE_SHUTDOWN = {"Terminated", "NodeShutdown", "Shutdown", "Preempting", "Evicted"}
+UNKNOWN_END = {"ContainerStatusUnknown", "Unknown"}
+"""What kubelets say of containers that are gone without them knowing how."""
 MAX_DETAIL = 700
 
 
@@ -85,10 +87,8 @@ def _disrupted(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
     if condition.get("status") != "True":
         return None
     reason = str(condition.get("reason", ""))
-    if reason != BY_KUBELET and not _was_deleted(pod):
-        return None  # a disruption that was announced and did not come about
-    if not pod.finished and not pod.gone and not pod.deleting:
-        return None
+    if reason != BY_KUBELET and pod.terminated and not _was_deleted(pod):
+        return None  # announced, and the container ended by itself before it came about
     cause = Cause.NODE_LOST if reason in NODE_GONE else Cause.PREEMPTED
     return cause, f"{reason}: {condition.get('message', '')}"
 
@@ -107,9 +107,14 @@ def _out_of_memory(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
 
 def _rejected(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
     """The node refused the pod: it has failed and its container never was."""
-    if pod.terminated:
+    if pod.terminated and not (pod.reason and _is_unknown(pod)):
         return None
     return Cause.ADMISSION_REJECTED, f"{pod.reason}: {pod.message}" if pod.reason else pod.message
+
+
+def _lost_track(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    """The node was restarted under the container: the exit code is made up."""
+    return (Cause.NODE_LOST, str(pod.terminated.get("message", ""))) if _is_unknown(pod) else None
 
 
 def _said_or_exited(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
@@ -130,8 +135,9 @@ CLUES: tuple[Clue, ...] = (
     _disrupted,
     _node_made_room,
     _deleted,
-    _out_of_memory,
     _rejected,
+    _lost_track,
+    _out_of_memory,
     _said_or_exited,
 )
 
@@ -140,6 +146,10 @@ def _said_code(pod: SeenPod) -> int:
     """Return the exit code that the trainer meant: a SIGKILL after its last word does not change what it said."""
     word = pod.last_word
     return word.exit_code if word is not None else int(pod.terminated.get("exitCode", -1))
+
+
+def _is_unknown(pod: SeenPod) -> bool:
+    return pod.terminated.get("reason") in UNKNOWN_END
 
 
 def _was_deleted(pod: SeenPod) -> bool:

@@ -9,6 +9,7 @@ from diffusion_operator.policies.evidence import ending_of
 from diffusion_operator.state import SeenPod
 from testkit.builders import (
     NOW,
+    container,
     deleting,
     disrupted,
     last_word,
@@ -120,6 +121,22 @@ def test_a_disruption_outranks_what_the_trainer_says(reason: str, expected: Caus
 
 def test_an_announced_disruption_that_did_not_come_about_is_no_evidence() -> None:
     assert cause(pod(**disrupted("PreemptionByScheduler"), **terminated(64, message=last_word(64)))) == Cause.BAD_CONFIG
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_pod_that_was_collected_with_its_node(gone: bool) -> None:
+    """The collector writes phase and condition first and deletes without grace, so there is no deletionTimestamp."""
+    collected = pod(
+        gone=gone, **disrupted("DeletionByPodGC"), **container(running={"startedAt": "2026-01-02T00:00:00Z"})
+    )
+    assert cause(collected) == Cause.NODE_LOST
+
+
+@pytest.mark.parametrize(("reported", "code"), [("ContainerStatusUnknown", 137), ("Unknown", 255)])
+def test_an_exit_code_that_the_kubelet_made_up_is_no_crash(reported: str, code: int) -> None:
+    assert cause(pod(**terminated(code, reason=reported))) == Cause.NODE_LOST
+    rejected = reason("UnexpectedAdmissionError", "Allocate failed") | terminated(code, reason=reported)
+    assert cause(pod(**rejected)) == Cause.ADMISSION_REJECTED
 
 
 def test_host_memory() -> None:
