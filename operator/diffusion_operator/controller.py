@@ -165,9 +165,7 @@ class Controller:
         try:
             await web.TCPSite(self._runner, address, port).start()
         except OSError as error:
-            raise SettingsError(
-                f"{PREFIX}HTTP_PORT: {port} cannot be listened on: use another one ({error})"
-            ) from error
+            raise SettingsError(f"{PREFIX}HTTP_PORT: {port} cannot be used: set another one ({error})") from error
 
     async def _answer_metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})

@@ -87,11 +87,16 @@ def live(installation: Installation, failpoint: str = "") -> Life:
 
         try:
             wait("the first pod", lambda: settled("Scheduling", "Waiting", 1, "Validated", "AttemptStarted"))
+            # One step at a time, each awaited, so that every life makes the same writes.
+            kubelet.bind("cats-1-0")
+            wait("the first node", lambda: settled("Preparing", "Waiting", 1))
             kubelet.run("cats-1-0")
             wait("the first run", lambda: settled("Preparing", "Running", 1, "Running"))
             kubelet.end("cats-1-0", 75, message=last_word(75, step=700))
             again = ("Preempted", "AttemptStarted", "AttemptStarted")
             wait("the second pod", lambda: settled("Scheduling", "Waiting", 2, *again))
+            kubelet.bind("cats-2-0")
+            wait("the second node", lambda: settled("Preparing", "Waiting", 2))
             kubelet.run("cats-2-0")
             wait("the second run", lambda: settled("Preparing", "Running", 2, "Running", "Running"))
             kubelet.end("cats-2-0", 0, message=last_word(0, attempt=2, step=2000))
