@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def train(run: RunConfig, desk: Desk) -> None:
             ready = prepare(run, stores, work=settings.work, board=board)
             step, curves = resume(run, ledger, ready, desk=desk)
         total = ready.extent.total_steps
+        batches = stack.enter_context(open_batches(spec, ready, start_step=step, workers=settings.loader_workers))
         courier = stack.enter_context(Courier(stores.output, on_warning=board.warn))
         events = settings.work / "tensorboard" if spec.tracking.tensorboard else None
         tracking = Tracking(curves, courier, folder=events, attempt=run.attempt, start_step=step)
@@ -94,7 +96,6 @@ def train(run: RunConfig, desk: Desk) -> None:
             stop=stop,
             report=board.say,
         )
-        batches = stack.enter_context(open_batches(spec, ready, start_step=step, workers=settings.loader_workers))
 
         evaluator.evaluate_when_due(step)  # the last attempt may have been stopped before it could
         while step < total and not stop.requested:
@@ -159,7 +160,11 @@ def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, desk: Desk) -> tuple
 
 @contextmanager
 def open_batches(spec: TrainerSpec, ready: Ready, *, start_step: int, workers: int) -> Iterator[Iterator[list[Batch]]]:
-    """Open the micro-batches of every step that is left."""
+    """Open the micro-batches of every step that is left.
+
+    The loader's workers are forked before this returns, and it must be entered before the courier's thread works: a
+    fork keeps whatever that thread holds at the moment, such as the lock of a file store, for as long as it lives.
+    """
     batches: Any = data.open_loader(  # a generator
         ready.plan,
         ready.cache,
@@ -169,7 +174,8 @@ def open_batches(spec: TrainerSpec, ready: Ready, *, start_step: int, workers: i
         workers=workers,
     )
     with closing(batches):
-        yield batches
+        first = list(islice(batches, 1))
+        yield chain(first, batches)
 
 
 def timed(batches: Iterator[list[Batch]]) -> tuple[float, list[Batch]]:

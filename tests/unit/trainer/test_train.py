@@ -33,7 +33,7 @@ from diffusion_trainer.optim import apply_update, make_optimizer
 from diffusion_trainer.progress import Board
 from diffusion_trainer.saving import Saver, Voices
 from diffusion_trainer.state import Basis, Trained, restore, snapshot
-from diffusion_trainer.train import gradients, settle
+from diffusion_trainer.train import gradients, open_batches, settle
 
 CPU = torch.device("cpu")
 
@@ -207,6 +207,28 @@ def test_the_loss_is_the_mean_over_the_images_of_the_batch():
         total += min(ratio, 5.0) / ratio * (noisy * 0.5 - batch.noise[i]).square().mean()
     assert loss.item() == pytest.approx(float(total) / 3, rel=1e-5)
     assert not loss.requires_grad
+
+
+def test_loader_workers_are_forked_before_anything_else_goes_on(monkeypatch):
+    """Found by the exactness test: workers that were forked in the middle of an upload kept its lock for ever."""
+    events = []
+
+    def loader(*_, steps, **__):
+        events.append("workers forked")
+        try:
+            yield from steps
+        finally:
+            events.append("workers ended")
+
+    monkeypatch.setattr("diffusion_trainer.train.data.open_loader", loader)
+    ready = SimpleNamespace(plan=None, cache=None, share=None, extent=SimpleNamespace(total_steps=5))
+    with open_batches(_run().spec, ready, start_step=2, workers=2) as batches:
+        events.append("opened")
+        assert list(batches) == [2, 3, 4]
+    assert events[:2] == ["workers forked", "opened"]
+    assert events[-1] == "workers ended"
+    with open_batches(_run().spec, ready, start_step=5, workers=2) as batches:
+        assert list(batches) == []
 
 
 # --- curves ---
