@@ -18,13 +18,17 @@ def is_invalid(case: Case) -> Decision | None:
     )
 
 
-def refused(case: Case, *, reason: str, problems: tuple[str, ...], hint: str) -> JobStatus:
-    """Return the status of a job that is not started because something about it is wrong."""
-    message = short("; ".join(problems))
+def refused(case: Case, *, reason: str, problems: tuple[str, ...], hint: str, remedy: str = "") -> JobStatus:
+    """Return the status of a job that is not started because something about it is wrong.
+
+    `remedy` belongs to the condition's message where the problems do not say it themselves.
+    """
+    detail = short("; ".join(problems))
+    message = short(f"{detail}: {remedy}") if remedy else detail
     status = case.status.model_copy(update={"observed_generation": case.job.generation, "message": message})
     if case.job.open_attempt is None:
         status = status.model_copy(update={"phase": "Pending"})
-    status = set_pending(status, cause=reason, detail=message, hint=hint, now=case.now)
+    status = set_pending(status, cause=reason, detail=detail, hint=hint, now=case.now)
     return set_condition(
         status, "Validated", "False", reason=reason, message=message, generation=case.job.generation, now=case.now
     )
