@@ -2,7 +2,8 @@
 
 Every comparison is bit for bit (atol = rtol = 0): weights, both moments of the optimizer, the loss of every step, and
 the exported files. Trainers are real processes that die by SIGKILL, with everything that they started, as a pod does;
-they are forked from a warm one (`testkit.warm` says why that is fair), which keeps this file at a minute and a half of CPU time.
+they are forked from a warm one (`testkit.warm` says why that is fair), which keeps this file at a
+minute and a half of CPU time.
 """
 
 import json
