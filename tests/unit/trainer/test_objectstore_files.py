@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
 from diffusion_trainer.errors import NotFound, PermissionDenied, StorageUnavailable
+from diffusion_trainer.objectstore import file as file_backend
 from diffusion_trainer.objectstore.file import FileStore
 from testkit.objectstore import Crash
 
@@ -106,3 +108,21 @@ def test_troubles_of_the_volume_are_told_apart(
         store.put("key", b"data")
     assert "put file://" in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_process_forked_under_the_lock_does_not_keep_it(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with file_backend._locked(tmp_path):
+        child = os.fork()
+        if child == 0:  # lives until the test is over, with the lock's file open
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+    try:
+        descriptor = os.open(tmp_path / file_backend._LOCK, os.O_RDWR)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(child, 0)

@@ -233,6 +233,8 @@ def _locked(folder: Path) -> Iterator[None]:
                 yield
                 return
         finally:
+            # Not by closing alone: a process forked meanwhile holds the same open file, and so the lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 
