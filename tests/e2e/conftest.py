@@ -79,9 +79,11 @@ def platform(shared_cluster: ClusterHandle, tmp_path_factory: pytest.TempPathFac
 
 @contextlib.contextmanager
 def a_team(platform: Platform, name: str) -> Iterator[str]:
-    """Make a namespace in which jobs find the Secret that the examples name."""
+    """Make a namespace with the Secret that the examples name, and one with a key that the storage refuses."""
     with platform.cluster.namespace(name) as namespace:
-        platform.cluster.apply(installation.secret("team-a-s3", platform.s3.credentials), namespace=namespace)
+        right = installation.secret("team-a-s3", platform.s3.credentials)
+        wrong = installation.secret("wrong-s3", platform.s3.credentials, AWS_SECRET_ACCESS_KEY="mistyped")
+        platform.cluster.apply(right, wrong, namespace=namespace)
         yield namespace
 
 
