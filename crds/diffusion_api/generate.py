@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from diffusion_api import reference, schema
+from diffusion_api import memory_reference, reference, schema
 
 MARK = "Generated from crds/diffusion_api by `make generate`. Edit that instead."
 CHART_CRDS = Path("charts/diffusion-operator/templates/crds")
@@ -30,6 +30,7 @@ def files(root: Path) -> Iterator[tuple[Path, str]]:
     yield Path("docs/reference/api.md"), f"<!-- {MARK} -->\n{reference.api()}"
     yield Path("docs/reference/causes.md"), f"<!-- {MARK} -->\n{reference.causes()}"
     yield Path("docs/reference/waiting.md"), f"<!-- {MARK} -->\n{reference.why_it_waits()}"
+    yield Path("docs/reference/memory.md"), f"<!-- {MARK} -->\n{memory_reference.memory()}"
     yield Path("examples/reference.yaml"), f"# {MARK}\n{reference.example()}"
 
 

@@ -25,7 +25,8 @@ FRAGMENTATION = 0.05
 """Share of the rest that the caching allocator holds without using it."""
 MARGIN = 0.9
 """A job is refused only when this share of the estimate does not fit: the estimate errs by about so much."""
-IMAGES_ENCODED_AT_A_TIME = 4
+PIXELS_ENCODED_AT_A_TIME = 8 * 512 * 512
+"""As the trainer does it: eight images of 512 px, two of 1024."""
 RESOLUTIONS = (256, 384, 512, 640, 768, 1024)
 """Lower resolutions that a remedy may name."""
 
@@ -46,6 +47,8 @@ class MemoryEstimate:
     total_gib: float
     peak: Peak
     parts: Mapping[str, float]
+    moments: Mapping[Peak, float]
+    """What each moment needs, in GiB."""
 
     def __str__(self) -> str:
         """Return the total and its parts."""
@@ -79,8 +82,9 @@ def estimate(
             moments["Sampling"] = resident | _sampling(spec, network)
     reserved = {peak: _with_reserve(parts) for peak, parts in moments.items()}
     peak = max(reserved, key=lambda moment: sum(reserved[moment].values()))
-    parts = {name: round(value / GIB, 3) for name, value in reserved[peak].items()}
-    return MemoryEstimate(total_gib=round(sum(parts.values()), 3), peak=peak, parts=parts)
+    totals = {moment: sum(parts.values()) / GIB for moment, parts in reserved.items()}
+    parts = {name: value / GIB for name, value in reserved[peak].items()}
+    return MemoryEstimate(total_gib=totals[peak], peak=peak, parts=parts, moments=totals)
 
 
 def largest_micro_batch(
@@ -191,7 +195,7 @@ def _text_in_loop(spec: TrainerSpec, family: Architecture, *, micro_batch: int, 
 
 def _preparation(spec: TrainerSpec, network: Network) -> dict[str, float]:
     """Return the bytes while the cache is built: the denoiser is there already, encoders are in fp32."""
-    images = IMAGES_ENCODED_AT_A_TIME
+    images = max(1, PIXELS_ENCODED_AT_A_TIME // spec.dataset.resolution**2)
     return {
         "weights": (network.parameters + network.buffers) * _bytes(spec),
         "encoders": _encoders(spec, network),

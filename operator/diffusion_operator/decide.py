@@ -11,6 +11,7 @@ from diffusion_operator.policies.attempt_starts import attempt_starts
 from diffusion_operator.policies.deletion import is_being_deleted
 from diffusion_operator.policies.finished import stays_finished
 from diffusion_operator.policies.managed_by import is_somebody_elses
+from diffusion_operator.policies.preflight import preflight_first
 from diffusion_operator.policies.resources import profile_refuses
 from diffusion_operator.policies.run_policy import backs_off
 from diffusion_operator.policies.suspend import is_suspended
@@ -29,6 +30,7 @@ POLICIES: tuple[Policy, ...] = (  # the first answer wins
     attempt_ended,  # evidence -> cause -> complete, fail, go on at once, or back off
     attempt_runs,  # create missing pods, say why they wait or how far they are
     backs_off,  # not yet
+    preflight_first,  # before the first attempt: a pod without a GPU looks at everything that the job names
     attempt_starts,  # the number first, then the pods
 )
 

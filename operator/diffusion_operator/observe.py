@@ -27,6 +27,7 @@ async def observe(
     wanted = job.spec.resources.profile if job.spec is not None else ""
     return Observed(
         trainer_image=settings.trainer_image,
+        preflight=settings.preflight,
         pods=pods,
         profile=knowledge.profiles.named(wanted),
         profile_names=tuple(profile["metadata"]["name"] for profile in knowledge.profiles),

@@ -40,6 +40,8 @@ class Settings:
     """Address of /metrics and /healthz."""
     http_port: int = 8080
     """Port of /metrics and /healthz; 0 turns both off."""
+    preflight: bool = True
+    """Whether a pod without a GPU looks at storage, dataset and model before a job's first attempt: ON or OFF."""
     progress_seconds: float = 10
     """Seconds between two questions to a running trainer, with 20 % jitter."""
     status_seconds: float = 15
@@ -68,6 +70,7 @@ class Settings:
             namespaces=tuple(part.strip() for part in read.text("NAMESPACES", "").split(",") if part.strip()),
             http_address=read.text("HTTP_ADDRESS", cls.http_address),
             http_port=int(read.number("HTTP_PORT", cls.http_port, at_most=65535)),
+            preflight=read.choice("PREFLIGHT", "ON", ("ON", "OFF")) == "ON",
             progress_seconds=read.number("PROGRESS_SECONDS", cls.progress_seconds, at_least=0.05),
             status_seconds=read.number("STATUS_SECONDS", cls.status_seconds),
             relist_seconds=read.number("RELIST_SECONDS", cls.relist_seconds, at_least=1),

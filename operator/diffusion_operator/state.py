@@ -270,6 +270,8 @@ class Observed:
 
     trainer_image: str
     """The operator's default image."""
+    preflight: bool = False
+    """Whether jobs are looked at before their first attempt."""
     pods: tuple[SeenPod, ...] = ()
     profile: Object | None = None
     """The profile of that name, as it is now."""

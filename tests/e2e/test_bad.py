@@ -71,6 +71,7 @@ def stocked(platform):
     put("team-a", "no-captions/one.png", image)
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["os", "system"], "_diffusers_version": "0.42.1"}
     put("models", "hostile/model_index.json", json.dumps(index).encode())
+    put("models", "hostile/unet/config.json", json.dumps({"_class_name": "UNet2DConditionModel"}).encode())
     buffer = io.BytesIO()
     pickle.dump(Hostile(), buffer)
     put("models", "hostile/unet/diffusion_pytorch_model.bin", buffer.getvalue())
@@ -110,5 +111,8 @@ def test_fails_at_once_and_says_why(stocked, team, bad):
         JOBS, name, lambda found: condition(found, "Failed").get("status") == "True", namespace=team, timeout=120
     )
     check(condition(job, "Failed")["message"], bad)
-    assert job["status"]["attempt"] == 1, "what cannot heal is not tried again"
+    assert job["status"]["attempt"] == 0, "it was found out before a GPU was asked for"
+    assert condition(job, "PreflightPassed")["status"] == "False"
+    pods = cluster.items("pods", namespace=team, labels=f"{names.LABEL_JOB_NAME}={name}")
+    assert [pod["metadata"]["name"] for pod in pods] == [names.preflight_name(name, 0)], "no second try"
     cluster.kubectl("delete", "-n", team, "-f", bad.path)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from testkit.builders import last_word, make_job
-from testkit.kube import Object
+from testkit.kube import Object, condition
 from testkit.operating import Installation, Kubelet, OperatorProcess, User, installed
 from testkit.waiting import wait_until
 
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.apiserver
 KILLED = 137
 AT_ONCE = 4
 """Lives that are lived side by side, each in a namespace of its own."""
-EVENTS = ["AttemptStarted", "AttemptStarted", "Complete", "Preempted", "Running", "Running", "Validated"]
+EVENTS = [
+    "AttemptStarted", "AttemptStarted", "Complete", "Preempted", "PreflightPassed", "Running", "Running", "Validated",
+]  # fmt: skip
 WRITES = ("create", "update", "delete")
 
 
@@ -53,7 +55,7 @@ class Operated:
         self._installation = installation
         self._namespace = namespace
         self.crashed = False
-        self.process = OperatorProcess(installation, namespace=namespace, failpoint=failpoint)
+        self.process = OperatorProcess(installation, namespace=namespace, preflight="ON", failpoint=failpoint)
 
     def look_after(self) -> None:
         """Start a new one in place of one that has crashed."""
@@ -61,11 +63,11 @@ class Operated:
             assert self.process.wait() == KILLED, self.process.tail()
             assert not self.crashed, "only one crash was asked for"
             self.crashed = True
-            self.process = OperatorProcess(self._installation, namespace=self._namespace)
+            self.process = OperatorProcess(self._installation, namespace=self._namespace, preflight="ON")
 
 
 def live(installation: Installation, failpoint: str = "") -> Life:
-    """Let a job live: start, run, be preempted, run again, complete."""
+    """Let a job live: pass the preflight, start, run, be preempted, run again, complete."""
     with installation.kube.namespace("life") as namespace:
         user, kubelet = User(installation.kube, namespace), Kubelet(installation.kube, namespace)
         user.create(make_job())
@@ -86,7 +88,11 @@ def live(installation: Installation, failpoint: str = "") -> Life:
             return (status.get("phase"), ready, status.get("attempt")) == (phase, reason, attempt) and wanted
 
         try:
-            wait("the first pod", lambda: settled("Scheduling", "Waiting", 1, "Validated", "AttemptStarted"))
+            wait("the preflight's pod", lambda: settled("Preflight", "", 0, "Validated"))
+            kubelet.run("cats-preflight")
+            wait("the preflight", lambda: condition(user.job(), "PreflightPassed").get("reason") == "Running")
+            kubelet.end("cats-preflight", 0, message=last_word(0, attempt=0))
+            wait("the first pod", lambda: settled("Scheduling", "Waiting", 1, "PreflightPassed", "AttemptStarted"))
             # One step at a time, each awaited, so that every life makes the same writes.
             kubelet.bind("cats-1-0")
             wait("the first node", lambda: settled("Preparing", "Waiting", 1))
@@ -140,7 +146,7 @@ def timeless(value: Any) -> Any:
 def test_a_crash_at_any_write_changes_nothing(installation: Installation) -> None:
     whole = live(installation)
     assert whole.events == EVENTS
-    assert whole.created == {"cats-1-0": 1, "cats-2-0": 1}
+    assert whole.created == {"cats-preflight": 1, "cats-1-0": 1, "cats-2-0": 1}
     assert (whole.final["status"]["phase"], whole.final["status"]["counters"]["failures"]) == ("Complete", 0)
     failpoints = [f"write:{n}:{when}" for n in range(1, whole.writes + 1) for when in ("before", "after")]
     with ThreadPoolExecutor(AT_ONCE) as threads:

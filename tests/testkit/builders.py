@@ -100,9 +100,9 @@ def make_pod(
     status: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Object:
-    """Return a pod of a job as an API server shows it; how it ended is added by `terminated`."""
+    """Return a pod of a job as an API server shows it; `terminated` adds how it ended. Attempt 0: a preflight."""
     owner = job["metadata"]
-    name = names.pod_name(owner["name"], attempt, rank)
+    name = names.pod_name(owner["name"], attempt, rank) if attempt else names.preflight_name(owner["name"], rank)
     labels = {
         names.LABEL_MANAGED_BY: names.MANAGED_BY,
         names.LABEL_JOB_NAME: owner["name"],

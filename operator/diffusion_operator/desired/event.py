@@ -27,6 +27,8 @@ REASONS: dict[str, str] = {
     "Validated": "the job can be run",
     "InvalidSpec": "the job cannot be run; the message names field, value and remedy",
     "ProfileRefused": "the profile does not exist, or does not allow what the job asks for",
+    "PreflightPassed": "storage, dataset, model and destination can be used; the message says what was found",
+    "PreflightFailed": "a preflight did not pass; the message says why, and the job's phase whether it is tried again",
     "Waiting": "an attempt waits for something; the message says for what and what can be done",
     "AttemptStarted": "the pods of an attempt were asked for",
     "Running": "all pods of the attempt run",
@@ -57,7 +59,7 @@ def notices(status: JobStatus, *, now: datetime) -> list[Notice]:
     """Return everything recent that the status tells of, oldest first."""
     found = [notice for condition in status.conditions for notice in _of_condition(condition, status)]
     found += [notice for attempt in reversed(status.attempts) for notice in _of_attempt(attempt)]
-    waits = bool(status.attempts) and status.attempts[0].ended_at is None
+    waits = status.phase == "Preflight" or (bool(status.attempts) and status.attempts[0].ended_at is None)
     if status.pending is not None and waits:
         detail = f"{status.pending.cause}: {status.pending.detail}; {status.pending.hint}"
         key = f"{status.attempt}-{status.pending.cause.lower()}"
@@ -75,6 +77,8 @@ def _of_condition(condition: Condition, status: JobStatus) -> Iterator[Notice]:
     told = {
         ("Validated", "True"): ("Validated", NORMAL),
         ("Validated", "False"): ("InvalidSpec" if condition.reason == "InvalidSpec" else "ProfileRefused", WARNING),
+        ("PreflightPassed", "True"): ("PreflightPassed", NORMAL),
+        ("PreflightPassed", "False"): ("PreflightFailed", WARNING),
         ("Suspended", "True"): ("Suspended", NORMAL),
         ("Complete", "True"): ("Complete", NORMAL),
         ("Failed", "True"): ("Failed", WARNING),

@@ -47,23 +47,29 @@ def open_next(case: Case, status: JobStatus, *, rule: str) -> Decision:
         }
     )
     generation = case.job.generation
-    suspended = next((found for found in status.conditions if found.type == "Suspended"), None)
-    if suspended is not None and suspended.reason != "Resumed":
-        status = set_condition(
-            status,
-            "Suspended",
-            "False",
-            reason="Resumed",
-            message="the job goes on",
-            generation=generation,
-            now=case.now,
-        )
+    status = resumed(case, status)
     for kind in ("PodsReady", "Progressing"):
         message = f"the pods of attempt {number} are being created"
         status = set_condition(
             status, kind, "False", reason=STARTING, message=message, generation=generation, now=case.now
         )
     return Decision(rule=rule, status=status, create=pods(case, status), delete=leftovers(case))
+
+
+def resumed(case: Case, status: JobStatus) -> JobStatus:
+    """Return the status of a job that goes on; one that was never suspended has nothing to say of it."""
+    suspended = next((found for found in status.conditions if found.type == "Suspended"), None)
+    if suspended is None or suspended.reason == "Resumed":
+        return status
+    return set_condition(
+        status,
+        "Suspended",
+        "False",
+        reason="Resumed",
+        message="the job goes on",
+        generation=case.job.generation,
+        now=case.now,
+    )
 
 
 def pods(case: Case, status: JobStatus) -> tuple[Object, ...]:

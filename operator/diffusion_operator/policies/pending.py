@@ -5,6 +5,8 @@ The judgement is in `waiting`; here it is given what was observed.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from diffusion_api.waiting import WaitingCause
 from diffusion_operator.policies.waiting.diagnosis import explain
 from diffusion_operator.policies.waiting.facts import Diagnosis, WaitingFacts
@@ -13,7 +15,16 @@ from diffusion_operator.state import Case, SeenPod, Surroundings
 
 def why_waiting(case: Case, pods: tuple[SeenPod, ...]) -> Diagnosis | None:
     """Return why these pods of one attempt wait; None where nothing stands in their way that is known of."""
-    found = explain(_facts(case, pods), now=case.now)
+    return _why(_facts(case, pods), case)
+
+
+def why_preflight_waits(case: Case, pod: SeenPod) -> Diagnosis | None:
+    """Return why the pod of a preflight waits, which asks for no GPU."""
+    return _why(replace(_facts(case, (pod,)), wanted=1, resource=None, capacity="Any"), case)
+
+
+def _why(facts: WaitingFacts, case: Case) -> Diagnosis | None:
+    found = explain(facts, now=case.now)
     return None if found.cause == WaitingCause.STARTING else found
 
 

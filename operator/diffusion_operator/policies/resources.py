@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pydantic import ValidationError
 
+from diffusion_api.memory import SMALLEST, too_large
 from diffusion_api.training_profile import ProfileSpec
 from diffusion_operator.policies.validation import refused
 from diffusion_operator.state import Case, Decision
@@ -19,7 +20,7 @@ def profile_refuses(case: Case) -> Decision | None:
     reason, problem, hint = next(_refusals(case), ("", "", ""))
     if not reason:
         return None
-    return Decision(rule="profile", status=refused(case, reason=reason, problems=(problem,), hint=hint))
+    return Decision(rule="profile", status=refused(case, reason=reason, problems=(problem,), hint=hint, remedy=hint))
 
 
 def _refusals(case: Case) -> Iterator[tuple[str, str, str]]:
@@ -40,6 +41,11 @@ def _refusals(case: Case) -> Iterator[tuple[str, str, str]]:
     if allowed and case.job.namespace not in allowed:
         yield "ProfileNotAllowed", f"{field}: namespace {case.job.namespace} may not use it", _ASK
     yield from _too_much(case, profile, field)
+    smallest = SMALLEST.get(case.spec.model.family)
+    if smallest and profile.memory_gi_b and profile.device == "CUDA":
+        problem = too_large(case.spec, family=smallest, memory_gib=profile.memory_gi_b)
+        if problem:
+            yield TOO_LITTLE_MEMORY, f"{field}: {problem}", "create the job anew with one of the changes in the message"
 
 
 def _too_much(case: Case, profile: ProfileSpec, field: str) -> Iterator[tuple[str, str, str]]:
@@ -56,6 +62,7 @@ def _too_much(case: Case, profile: ProfileSpec, field: str) -> Iterator[tuple[st
         yield "ProfileWithoutSpot", problem, "set capacity: OnDemand or Any, or use another profile"
 
 
+TOO_LITTLE_MEMORY = "InsufficientGPUMemory"
 _LIST = "kubectl get trainingprofiles lists what there is"
 _ASK = "ask who runs the cluster, or use another profile: kubectl get trainingprofiles"
 

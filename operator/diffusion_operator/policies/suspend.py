@@ -51,4 +51,4 @@ def _suspended(case: Case, status: JobStatus) -> Decision:
         status = set_condition(
             status, kind, value, reason="Suspended", message=MESSAGE, generation=case.job.generation, now=case.now
         )
-    return Decision(rule="suspend", status=status, delete=leftovers(case))
+    return Decision(rule="suspend", status=status, delete=leftovers(case, of_all=True))

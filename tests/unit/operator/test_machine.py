@@ -18,6 +18,7 @@ from diffusion_operator.knowledge import Knowledge
 from diffusion_operator.metrics import Metrics
 from diffusion_operator.reconcile import Reconciler
 from diffusion_operator.settings import Settings
+from diffusion_operator.state import SeenPod
 from testkit.builders import NOW, Object, last_word, make_job, make_profile
 from testkit.fakes import Crash, MemoryCluster, SilentProgress
 
@@ -34,8 +35,15 @@ ENDINGS = {
 SETTLING_LOOKS = 60
 
 
+def attempt_of(pod: str) -> int:
+    """Return the attempt of a pod by its name; 0 is the preflight."""
+    return 0 if pod.startswith("cats-preflight") else int(pod.split("-")[-2])
+
+
 class World(RuleBasedStateMachine):
     """One job, an operator that may die at any write, and everything else."""
+
+    preflight = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,13 +54,14 @@ class World(RuleBasedStateMachine):
         self.excused: set[str] = set()
         self.final: Object | None = None
         self.attempts_seen = 0
+        self.preflight_failures = 0
         self.operator = self.start()
 
     def start(self) -> Reconciler:
         """Start an operator that knows nothing, and let it read the cluster."""
         knowledge = Knowledge()
         operator = Reconciler(
-            settings=Settings(trainer_image="t"),
+            settings=Settings(trainer_image="t", preflight=self.preflight),
             cluster=self.cluster,
             knowledge=knowledge,
             progress=SilentProgress(),
@@ -124,7 +133,7 @@ class World(RuleBasedStateMachine):
         self.end(data.draw(st.sampled_from(self.pods("Running"))), ENDINGS[how])
 
     def end(self, name: str, code: int) -> None:
-        attempt = int(name.split("-")[-2])
+        attempt = attempt_of(name)
         finished = (self.now + timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
         word = last_word(code, attempt=attempt, step=100 * attempt)
         state = {"exitCode": code, "message": word, "finishedAt": finished}
@@ -161,7 +170,9 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def at_most_one_attempt_lives(self) -> None:
-        live = {name.split("-")[-2] for name in self.pods("Pending", "Running")}
+        pods = [SeenPod(self.cluster.pods["team-a", name]) for name in self.pods("Pending", "Running")]
+        # A node that has stopped answering keeps its pod for ever; it is fenced, and the next attempt does not wait.
+        live = {pod.attempt for pod in pods if not pod.stuck(self.now)}
         assert len(live) <= 1, f"two attempts at once: {live}"
 
     @invariant()
@@ -169,8 +180,9 @@ class World(RuleBasedStateMachine):
         number = self.status.get("attempt", 0)
         assert number >= self.attempts_seen
         self.attempts_seen = number
-        assert all(int(name.split("-")[-2]) <= number for name in self.cluster.created)
-        twice = {name for name in self.cluster.created if self.cluster.created.count(name) > 1}
+        assert all(attempt_of(name) <= number for name in self.cluster.created)
+        attempts = [name for name in self.cluster.created if attempt_of(name)]  # a preflight is repeated as need be
+        twice = {name for name in attempts if attempts.count(name) > 1}
         assert twice <= self.excused
         listed = [attempt["number"] for attempt in self.status.get("attempts", [])]
         assert listed == sorted(set(listed), reverse=True)
@@ -192,6 +204,9 @@ class World(RuleBasedStateMachine):
     @invariant()
     def preemption_is_never_charged(self) -> None:
         failures = self.status.get("counters", {}).get("failures", 0)
+        if not self.status.get("attempt"):
+            self.preflight_failures = failures
+        failures -= self.preflight_failures
         crashes = sum(attempt.get("cause") in {"Crash", "RepeatedCrash"} for attempt in self.status.get("attempts", []))
         kept_all = len(self.status.get("attempts", [])) < 10
         assert failures == crashes or not kept_all
@@ -227,6 +242,27 @@ class World(RuleBasedStateMachine):
             self.end(name, 0)
 
 
+class PreflightWorld(World):
+    """The same with a preflight before the first attempt."""
+
+    preflight = True
+
+    @invariant()
+    def no_attempt_before_the_preflight_has_passed(self) -> None:
+        passed = {"type": "PreflightPassed", "status": "True"}.items()
+        attempts = [name for name in self.cluster.created if attempt_of(name)]
+        assert not attempts or any(passed <= found.items() for found in self.status.get("conditions", []))
+
+    @invariant()
+    def no_preflight_after_it(self) -> None:
+        first = next((i for i, name in enumerate(self.cluster.created) if attempt_of(name)), None)
+        assert first is None or all(attempt_of(name) for name in self.cluster.created[first:])
+
+
+TestPreflightWorld = PreflightWorld.TestCase
+TestPreflightWorld.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 TestWorld = World.TestCase
 TestWorld.settings = settings(
     max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]

@@ -131,7 +131,7 @@ class TestLookingAround:
                 knowledge=knowledge,
                 cluster=cluster,
                 progress=SilentProgress(),
-                settings=Settings(trainer_image="t"),
+                settings=Settings(trainer_image="t", preflight=False),
                 now=NOW + timedelta(seconds=seconds),
             )
         )

@@ -28,7 +28,7 @@ class Bench:
         self.progress = SilentProgress()
         self.metrics = Metrics(version="0", jobs=lambda: self.knowledge.jobs, depth=lambda: 0)
         self.reconciler = Reconciler(
-            settings=Settings(trainer_image="t"),
+            settings=Settings(trainer_image="t", preflight=False),
             cluster=self.cluster,
             knowledge=self.knowledge,
             progress=self.progress,

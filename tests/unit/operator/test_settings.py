@@ -11,6 +11,7 @@ def test_defaults() -> None:
     settings = Settings.from_environment({})
     assert settings.trainer_image.startswith("ghcr.io/diffusion-operator/trainer:")
     assert (settings.namespaces, settings.http_port, settings.failpoint) == ((), 8080, None)
+    assert settings.preflight
 
 
 def test_everything_can_be_set() -> None:
@@ -19,12 +20,14 @@ def test_everything_can_be_set() -> None:
             "DIFFUSION_OPERATOR_TRAINER_IMAGE": "t:1",
             "DIFFUSION_OPERATOR_NAMESPACES": "team-a, team-b",
             "DIFFUSION_OPERATOR_HTTP_PORT": "0",
+            "DIFFUSION_OPERATOR_PREFLIGHT": "off",
             "DIFFUSION_OPERATOR_PROGRESS_SECONDS": "0.5",
             "DIFFUSION_OPERATOR_LOG_LEVEL": "debug",
             ENV_FAILPOINT: "write:3:after",
         }
     )
     assert (settings.trainer_image, settings.namespaces, settings.http_port) == ("t:1", ("team-a", "team-b"), 0)
+    assert not settings.preflight
     assert (settings.progress_seconds, settings.log_level) == (0.5, "DEBUG")
     assert settings.failpoint == Failpoint(write=3, action="after")
 
