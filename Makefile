@@ -29,8 +29,9 @@ fix: ## mend what the formatter and the linter can
 	$(python) -m ruff format .
 	$(python) -m ruff check --fix .
 
+# Two at a time: one with the cluster, which waits more than it works, one with the rest.
 test: ## every tier but gpu
-	$(python) -m pytest -m "not gpu" tests/unit tests/contract tests/integration tests/e2e
+	$(python) -m pytest -m "not gpu" -n 2 --dist loadgroup tests
 
 test-unit: ## the fast tier
 	$(python) -m pytest tests/unit
