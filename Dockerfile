@@ -7,21 +7,21 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH
 
 FROM base AS build
 RUN pip install --no-cache-dir "uv>=0.9"
-ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
+ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_CACHE_DIR=/var/cache/uv
 WORKDIR /src
 RUN uv venv /opt/venv
 COPY pyproject.toml README.md LICENSE ./
 
 # Dependencies change less often than code and, for the trainer, weigh gigabytes: a layer of their own.
 FROM build AS operator-build
-RUN --mount=type=cache,target=/root/.cache/uv uv pip install --python /opt/venv/bin/python -r pyproject.toml --extra operator
+RUN --mount=type=cache,target=/var/cache/uv uv pip install --python /opt/venv/bin/python -r pyproject.toml --extra operator
 COPY crds crds
 COPY operator operator
 COPY trainer trainer
 RUN uv pip install --python /opt/venv/bin/python --no-deps .
 
 FROM build AS trainer-build
-RUN --mount=type=cache,target=/root/.cache/uv uv pip install --python /opt/venv/bin/python -r pyproject.toml --extra trainer
+RUN --mount=type=cache,target=/var/cache/uv uv pip install --python /opt/venv/bin/python -r pyproject.toml --extra trainer
 COPY crds crds
 COPY operator operator
 COPY trainer trainer
