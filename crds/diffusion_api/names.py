@@ -39,6 +39,9 @@ PROGRESS_PATH = "/progress"
 METRICS_PATH = "/metrics"
 HEALTH_PATH = "/healthz"
 TRAINER_UID = 10001
+RENDEZVOUS_PORT = 29500
+"""Where the pods of a job with several nodes meet, on rank 0's pod."""
+RENDEZVOUS_PORT_NAME = "rendezvous"
 
 # Paths inside the trainer's container.
 RUN_DIR = "/etc/diffusion"
@@ -71,6 +74,11 @@ MAX_JOB_NAME = 50
 def pod_name(job: str, attempt: int, rank: int) -> str:
     """Return the name of the pod of one rank of one attempt. Deterministic, so that a repeated create is a 409."""
     return f"{job}-{attempt}-{rank}"
+
+
+def service_name(job: str) -> str:
+    """Return the name of the headless Service that gives a job's pods names: `<pod>.<service>`."""
+    return job
 
 
 PREFLIGHT_ATTEMPT = 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffusion_api.job import TrainerSpec
 from diffusion_api.meta import ApiModel, Timestamp
@@ -25,6 +25,15 @@ class JobIdentity(ApiModel):
     """Its uid: the key of its checkpoints."""
 
 
+class Rendezvous(ApiModel):
+    """Where the pods of an attempt meet: rank 0's pod listens there."""
+
+    host: str
+    """A name of rank 0's pod that stays, whatever its address is."""
+    port: Annotated[int, Field(ge=1, le=65535)]
+    """Its port."""
+
+
 class RunConfig(ApiModel):
     """Everything that one pod of one attempt needs to know. Travels as an annotation of that pod."""
 
@@ -40,6 +49,8 @@ class RunConfig(ApiModel):
     """Pods of the attempt."""
     processes_per_node: Annotated[int, Field(ge=1)] = 1
     """Training processes in each pod, one per GPU."""
+    rendezvous: Rendezvous | None = None
+    """Where the pods meet; None for a single pod."""
     device: Literal["CUDA", "CPU"]
     """What to compute on."""
     micro_batch_size: int | None = None
@@ -50,6 +61,14 @@ class RunConfig(ApiModel):
     """Seconds without progress after which the trainer ends itself."""
     spec: TrainerSpec
     """The sections of the job that the trainer reads."""
+
+    @model_validator(mode="after")
+    def _pods_can_meet(self) -> Self:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError(f"{self.nodes} nodes need a rendezvous")
+        if self.node_rank >= self.nodes:
+            raise ValueError(f"nodeRank is {self.node_rank} of {self.nodes} nodes, and ranks begin with 0")
+        return self
 
     @property
     def world_size(self) -> int:

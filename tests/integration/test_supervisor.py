@@ -91,7 +91,6 @@ def _scalars(job):
             ["AWS_ACCESS_KEY_ID", "secretRef"],
         ),
         ({}, {"device": "CUDA"}, ExitCode.GPU_FAULT, ["GPU"]),
-        ({}, {"processesPerNode": 2}, ExitCode.BAD_CONFIG, ["gpusPerNode"]),
         ({"output": {"destination": "gs://bucket/x/"}}, {}, ExitCode.BAD_CONFIG, ["gs://"]),
     ],
 )

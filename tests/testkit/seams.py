@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion_trainer import evaluation, progress, rng, train
+from diffusion_trainer import evaluation, launching, progress, rng, supervisor, train
 
 
 def seed_like_a_new_interpreter() -> None:
@@ -89,6 +89,34 @@ def fail_before_step(case: tuple[int, str]) -> None:
             raise errors[kind]
 
     _before("gradients", fail)
+
+
+def fork_processes(_: object) -> None:
+    """Fork the training processes of a pod instead of starting interpreters: fair for the reasons in `testkit.warm`.
+
+    Nothing has used a device, and the threads there are by then wait for signals and for sockets.
+    """
+    launching.START_METHOD = "fork"
+    # Its thread in C is not forked, and its lock would be held for ever.
+    supervisor.faulthandler.dump_traceback_later = lambda *_args, **_options: None  # type: ignore[attr-defined]
+
+
+def in_rank(case: tuple[int, str, Any]) -> None:
+    """Apply another seam in one training process only: (rank, name, argument)."""
+    rank, name, argument = case
+    original = train.train
+
+    def train_(*args: Any) -> None:
+        if os.environ["RANK"] == str(rank):
+            globals()[name](argument)
+        original(*args)
+
+    train.train = train_  # type: ignore[assignment]
+
+
+def terminate_pod_before_step(step: int) -> None:
+    """Send SIGTERM to the pod's first process while this one works on optimizer step `step` (from 1)."""
+    _before("gradients", lambda count: os.kill(os.getppid(), signal.SIGTERM) if count == step else None)
 
 
 def lose_loss_of_step(step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from diffusion_api.outcomes import ExitCode
@@ -15,6 +15,7 @@ from diffusion_trainer.stopping import Yielded
 CRASH = 1
 _MESSAGE_LIMIT, _WARNING_LIMIT = 1024, 4
 _TRACE_LINES = 12
+_CONSEQUENCES: dict[int, int] = {ExitCode.COLLECTIVE_TIMEOUT: 1, ExitCode.YIELDED: 2, ExitCode.DONE: 3}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ def ending_of(error: BaseException | None) -> Ending:
         return Ending(error.exit_code, str(error))
     trace = tuple("".join(traceback.format_exception(error)).splitlines())
     return Ending(CRASH, f"{type(error).__name__}: {error}", trace[-_TRACE_LINES:])
+
+
+def root_cause(endings: Sequence[Ending]) -> Ending:
+    """Return the ending that explains the others: those of processes that trained together, the earliest first.
+
+    That others are gone, or that one was told to stop because of them, is a consequence.
+    """
+    return min(endings, key=lambda ending: _CONSEQUENCES.get(ending.code, 0))
 
 
 def last_word(ending: Ending, board: Board, *, log_lines: Iterable[str]) -> str:

@@ -61,6 +61,21 @@ class GpuOutOfMemory(TrainerError):
     exit_code = ExitCode.CUDA_OUT_OF_MEMORY
 
 
+# --- the other processes -------------------------------------------------------------------------------------------
+
+
+class PeerLost(TrainerError):
+    """Another training process of the job is gone or cannot be reached. Mostly a consequence: its own end says why."""
+
+    exit_code = ExitCode.COLLECTIVE_TIMEOUT
+
+
+class PeersDiffer(TrainerError):
+    """The training processes of the job do not begin with the same numbers."""
+
+    exit_code = ExitCode.BAD_CONFIG
+
+
 # --- storage -------------------------------------------------------------------------------------------------------
 
 

@@ -15,9 +15,10 @@ from diffusion_trainer.courier import Courier
 from diffusion_trainer.curves import Curves, Evaluation
 from diffusion_trainer.data import Batch, DatasetLock
 from diffusion_trainer.models import Family
+from diffusion_trainer.peers import Peers
 from diffusion_trainer.sampling import sample_grid
 from diffusion_trainer.stopping import StopSignal, Yielded
-from diffusion_trainer.validation import validate
+from diffusion_trainer.validation import ValidationResult, validate
 
 LOG = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Evaluator:
     """Evaluates the weights in memory. Nothing that it does changes the training.
 
     `errors` gives the unweighted loss of each image of a batch; results go to `curves` and, as pictures, to `courier`.
+    All processes take part in the loss; the leader alone has results and draws samples.
     """
 
     spec: TrainerSpec
@@ -40,6 +42,7 @@ class Evaluator:
     courier: Courier
     stop: StopSignal
     report: Callable[[str], None]
+    peers: Peers
 
     def due(self, step: int) -> bool:
         """Return whether the weights after `step` are to be evaluated, and have not been."""
@@ -49,7 +52,7 @@ class Evaluator:
 
     def evaluate_when_due(self, step: int) -> None:
         """Evaluate the weights after `step` when they are due; a stop leaves all of it to the next attempt."""
-        if not self.due(step) or self.stop.requested:
+        if not self.due(step) or self.peers.agree(self.stop.requested):
             return
         # Each pass through the denoiser is a sign of life: an evaluation may take longer than a hang may.
         alive = self.family.denoiser.register_forward_pre_hook(lambda *_: self.report(f"evaluating step {step}"))
@@ -70,7 +73,15 @@ class Evaluator:
             seed=self.spec.training.seed,
             batch_size=self.batch_size,
             device=self.family.device,
+            part=self.peers.part,
+            gather=lambda losses: self.peers.gather(f"validation/{step}", losses),
         )
+        with self.peers.leader_first(f"evaluation/{step}"):
+            if self.peers.leads:
+                self._publish(step, result)
+        self.curves.evaluated = step
+
+    def _publish(self, step: int, result: ValidationResult | None) -> None:
         if prompts := self.spec.validation.prompts:
             side = self.spec.dataset.resolution
             grid = sample_grid(self.family, prompts, size=(side, side))
@@ -78,4 +89,3 @@ class Evaluator:
         if result is not None:
             self.curves.evaluations.append(Evaluation(step, result.loss, result.by_bin))
             LOG.info("step %d validation_loss %.5f on %d images", step, result.loss, result.images)
-        self.curves.evaluated = step

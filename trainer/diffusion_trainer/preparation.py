@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from diffusion_trainer.device import Device, micro_batch_size, open_device
 from diffusion_trainer.errors import BadConfig, NotFound, PreconditionFailed
 from diffusion_trainer.models import Family
 from diffusion_trainer.objective import Objective
+from diffusion_trainer.peers import Peers
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Extent
 from diffusion_trainer.state import Basis, Trained
@@ -58,19 +60,25 @@ class Ready:
         return self.objective.errors(predicted, batch.latents, batch.noise, timesteps=batch.timesteps)
 
 
-def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board) -> Ready:
-    """Freeze or fetch the dataset, load the model, encode what is not cached, and put adapters on the denoiser."""
+def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: Peers) -> Ready:
+    """Freeze or fetch the dataset, load the model, encode what is not cached, and put adapters on the denoiser.
+
+    Of several processes the leader freezes, all encode, and one on each node downloads.
+    """
     spec, seed = run.spec, run.spec.training.seed
     report = narrator(board)
-    share = Share(micro_batch_size(run), run.node_rank, run.world_size)
+    share = Share(micro_batch_size(run), peers.rank, peers.world_size)
     device = open_device(run)
-    lock = open_dataset(spec, stores, work=work, report=report)
+    with peers.leader_first("dataset"):
+        lock = open_dataset(spec, stores, work=work, report=report)
     for reason, count in lock.rejected_counts.items():
         board.warn(f"{count} images are left out: {reason}, e.g. {', '.join(lock.rejected[reason][:3])}")
-    folder = models.fetch_model(stores.model, work, report=report)
+    with peers.node_leader_first("model"):
+        folder = models.fetch_model(stores.model, work, report=report)
     report("loading the model")
     family = models.open_model(folder, spec, device=device.torch, dtype=device.dtype)
-    cached = cache.build(
+    build = partial(
+        cache.build,
         lock,
         family,
         stores.output,
@@ -78,6 +86,11 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board) -> Read
         pictures=data.Pictures(stores.dataset, work),
         report=report,
     )
+    if peers.world_size > 1:
+        build(part=peers.part)
+        peers.meet("cache")
+    with peers.node_leader_first("shards"):
+        cached = build()
     family.release_encoders()
     parameters = models.add_lora(family, spec.lora or LoRA(), seed=seed)
     trained = Trained(parameters, optim.make_optimizer(parameters, spec.training.optimizer, device=device.torch))

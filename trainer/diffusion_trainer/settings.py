@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Mapping, MutableMapping
@@ -23,13 +24,18 @@ makes them wait for each other for ever. The system's own folder for temporary f
 
 @dataclass(frozen=True)
 class Failpoint:
-    """A test hook, `<point>:<n>:kill`: the process dies by SIGKILL right after point number n.
+    """A test hook, `<point>:<n>:kill[:<rank>]`: that process (rank 0) dies by SIGKILL right after point number n.
 
     Points: `step` (the update is done, nothing of it is saved) and `checkpoint` (it was handed to the uploader).
     """
 
     point: str
     number: int
+    rank: int = 0
+
+    def of(self, rank: int) -> Failpoint:
+        """Return what is left of it for one process."""
+        return self if rank == self.rank else Failpoint("", -1, rank)
 
     def hit(self, point: str, number: int) -> None:
         """Die here when this is the point."""
@@ -48,6 +54,30 @@ class Settings:
     metrics_port: int
     loader_workers: int
     failpoint: Failpoint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of a job's training processes this one is, and where all of them meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    node: int
+    host: str
+    port: int
+
+
+def read_place(environ: Mapping[str, str]) -> Place:
+    """Return what torch's launcher told this process."""
+    return Place(
+        rank=int(environ["RANK"]),
+        world_size=int(environ["WORLD_SIZE"]),
+        local_rank=int(environ["LOCAL_RANK"]),
+        node=int(environ["GROUP_RANK"]),
+        host=environ["MASTER_ADDR"],
+        port=int(environ["MASTER_PORT"]),
+    )
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -105,8 +135,7 @@ def _count(environ: Mapping[str, str], name: str, *, default: int) -> int:
 def _failpoint(text: str) -> Failpoint:
     if not text:
         return Failpoint("", -1)
-    point, _, rest = text.partition(":")
-    number, _, action = rest.partition(":")
-    if point not in {"step", "checkpoint"} or not number.isdecimal() or action != "kill":
-        raise ValueError(f"{names.ENV_FAILPOINT}={text}: write step:<n>:kill or checkpoint:<n>:kill, or unset it")
-    return Failpoint(point, int(number))
+    match = re.fullmatch(r"(step|checkpoint):(\d+):kill(?::(\d+))?", text)
+    if match is None:
+        raise ValueError(f"{names.ENV_FAILPOINT}={text}: write step:<n>:kill[:<rank>] or checkpoint:..., or unset it")
+    return Failpoint(match[1], int(match[2]), int(match[3] or 0))

@@ -1,7 +1,7 @@
 """PID 1 of the trainer's container: starts everything, hears SIGTERM, notices hangs, and has the last word.
 
-One process trains in this very process; more than one will be started through torch.distributed.launcher from
-`_train`, which is why nothing above it touches a device.
+A run of one process is trained in this very process. Of several, those of this pod are started by `launching`, and
+each of them is supervised in the same way: it has a watchdog and a last word, from which the pod's is made here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -26,26 +27,29 @@ from diffusion_api.outcomes import ExitCode
 from diffusion_api.run import RunConfig
 from diffusion_trainer.endings import Ending, ending_of, last_word
 from diffusion_trainer.errors import BadConfig
+from diffusion_trainer.launching import adopt, introduce, launch, word_file, words_of
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.progress import Board, ProgressServer
-from diffusion_trainer.settings import Settings, settle
+from diffusion_trainer.settings import Place, Settings, read_place, settle
 from diffusion_trainer.stopping import StopSignal, Yielded
 
 LOG = logging.getLogger("diffusion_trainer")
 RESERVED_SHARE = 0.1
 """Share of the grace period that is kept for the last word: when only this is left, the process ends itself."""
 WATCH_SECONDS = 1.0
+PEERS_MARGIN_SECONDS = 60.0
+"""How much longer than a hang a collective may take: who hangs says so before others say that they wait."""
 C_CODE_SECONDS = 60.0
 """How much later than the watchdog thread the one without Python strikes: only when the thread cannot run."""
 _LOG_LINES = 20
 
 
-def supervise(settings: Settings, *, preflight: bool = False) -> int:
+def supervise(settings: Settings, *, preflight: bool = False, place: Place | None = None) -> int:
     """Do one attempt, or only its preflight, and return the exit code.
 
-    The termination message is written whatever happens.
+    The termination message is written whatever happens. `place` is that of one training process among several.
     """
-    lines = start_log()
+    lines = start_log(place.rank if place else 0)
     board = Board(attempt=0)
     try:
         run = read_run(settings.run_file)
@@ -56,6 +60,8 @@ def supervise(settings: Settings, *, preflight: bool = False) -> int:
 
     def leave(ending: Ending) -> None:
         """End the process from another thread than the one that trains."""
+        if place is None:
+            adopt(board, words_of(settings.work))
         os._exit(finish(ending, board, settings=settings, lines=lines))
 
     def hear(_number: int, _frame: FrameType | None) -> None:
@@ -67,7 +73,14 @@ def supervise(settings: Settings, *, preflight: bool = False) -> int:
     ending = ending_of(None)
     try:
         with Watchdog(board, stop, stall_seconds=run.stall_seconds, leave=leave):
-            ending = (_preflight if preflight else _attempt)(run, settings, board=board, stop=stop)
+            if preflight:
+                ending = _preflight(run, settings, board=board, stop=stop)
+            elif run.world_size > 1 and place is None:
+                with stop.cut_short():
+                    settle(os.environ, work=settings.work, deterministic=run.spec.training.deterministic)
+                ending = launch(run, settings, entry=be_one_of_several, board=board, stop=stop)
+            else:
+                ending = _attempt(run, settings, board=board, stop=stop, place=place)
     except (Exception, Yielded) as error:
         ending = ending_of(error)
         if ending.lines:
@@ -84,26 +97,60 @@ def _preflight(run: RunConfig, settings: Settings, *, board: Board, stop: StopSi
         return preflight(run, settings, board=board)
 
 
-def _attempt(run: RunConfig, settings: Settings, *, board: Board, stop: StopSignal) -> Ending:
+def be_one_of_several(settings: Settings) -> int:
+    """Be one training process of this pod, from its first to its last moment; return 0 or 75, or never."""
+    place = read_place(os.environ)
+    introduce(settings.work, place.local_rank)
+    mine = replace(
+        settings,
+        termination_log=word_file(settings.work, place.local_rank),
+        failpoint=settings.failpoint.of(place.rank),
+    )
+    code = supervise(mine, place=place)
+    if code not in {ExitCode.DONE, ExitCode.YIELDED}:
+        os._exit(code)  # collectives that are under way would hold the interpreter up
+    return code
+
+
+def _attempt(run: RunConfig, settings: Settings, *, board: Board, stop: StopSignal, place: Place | None) -> Ending:
     """Train with the door open to readers of the progress."""
     LOG.info("attempt %d of %s/%s", run.attempt, run.job.namespace, run.job.name)
-    if run.world_size != 1:
-        raise BadConfig(
-            f"resources.nodes x gpusPerNode is {run.world_size}, but this version trains on one GPU; set both to 1"
-        )
     with stop.cut_short():
         settle(os.environ, work=settings.work, deterministic=run.spec.training.deterministic)
     metrics = Metrics()
     with ExitStack() as stack:
-        try:
-            server = stack.enter_context(ProgressServer(settings.metrics_port, board=board, metrics=metrics.text))
-            LOG.info("progress and metrics on port %d", server.server_port)
-        except OSError as error:
-            board.warn(f"port {settings.metrics_port} is taken ({error.strerror}): progress and metrics are not served")
+        if place is None or place.rank == 0:
+            _serve(stack, settings.metrics_port, board=board, metrics=metrics)
         with stop.cut_short():
+            from diffusion_trainer.peers import Peers, open_peers
             from diffusion_trainer.train import Desk, train  # heavy: after the handlers, and within their reach
-        train(run, Desk(settings, board, metrics, stop))
+
+            peers = Peers()
+            if place is not None:
+                several = stack.enter_context(
+                    open_peers(
+                        place,
+                        on_gpu=run.device == "CUDA",
+                        timeout_seconds=run.stall_seconds + PEERS_MARGIN_SECONDS,
+                        alive=board.update,
+                    )
+                )
+                stack.enter_context(several.spread_stop(requested=lambda: stop.requested, request=_ask_to_stop))
+                peers = several
+        train(run, Desk(settings, board, metrics, stop), peers)
     return ending_of(None)
+
+
+def _serve(stack: ExitStack, port: int, *, board: Board, metrics: Metrics) -> None:
+    try:
+        server = stack.enter_context(ProgressServer(port, board=board, metrics=metrics.text))
+        LOG.info("progress and metrics on port %d", server.server_port)
+    except OSError as error:
+        board.warn(f"port {port} is taken ({error.strerror}): progress and metrics are not served")
+
+
+def _ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)  # the handler, and so the exception, belong to the main thread
 
 
 def read_run(path: Path) -> RunConfig:
@@ -207,12 +254,18 @@ class _Tail(logging.Handler):
         self._lines.extend(self.format(record).splitlines())
 
 
-def start_log() -> deque[str]:
-    """Log to standard output, one plain line per event in UTC; return the deque that holds the last ones."""
+def start_log(rank: int = 0) -> deque[str]:
+    """Log to standard output, one plain line per event in UTC; return the deque that holds the last ones.
+
+    All processes of a pod share its log; lines of others than rank 0 name theirs.
+    """
     lines: deque[str] = deque(maxlen=_LOG_LINES)
-    form = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    form = logging.Formatter(
+        f"%(asctime)sZ %(levelname)s {f'rank {rank}: ' if rank else ''}%(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
+    )
     form.converter = time.gmtime
     root = logging.getLogger()
+    root.handlers.clear()
     for handler in (logging.StreamHandler(sys.stdout), _Tail(lines)):
         handler.setFormatter(form)
         root.addHandler(handler)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -20,21 +20,22 @@ from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
 from diffusion_api.status import OutputFile
 from diffusion_trainer import data, optim, output
+from diffusion_trainer.bookkeeping import Books, LeadersBooks, Stepped
 from diffusion_trainer.cadence import Cadence
-from diffusion_trainer.checkpoint import Ledger, Publisher, Retention, Target
+from diffusion_trainer.checkpoint import Entry, Ledger, Publisher, Retention, Target
 from diffusion_trainer.courier import Courier
-from diffusion_trainer.curves import Curves, first_diverged
-from diffusion_trainer.data import Batch, Plan
+from diffusion_trainer.curves import Curves
+from diffusion_trainer.data import Batch
 from diffusion_trainer.device import gpu_errors
-from diffusion_trainer.errors import Diverged
 from diffusion_trainer.evaluation import Evaluator
 from diffusion_trainer.metrics import Metrics
+from diffusion_trainer.peers import Peers, digest
 from diffusion_trainer.preparation import EXPORTERS, Ready, prepare
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Reporter
 from diffusion_trainer.saving import Saver, Voices
 from diffusion_trainer.settings import Settings
-from diffusion_trainer.state import restore, snapshot
+from diffusion_trainer.state import Trained, restore, snapshot
 from diffusion_trainer.stopping import StopSignal, Yielded
 from diffusion_trainer.stores import Stores, open_stores
 from diffusion_trainer.tracking import Tracking
@@ -52,7 +53,7 @@ class Desk:
     stop: StopSignal
 
 
-def train(run: RunConfig, desk: Desk) -> None:
+def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
     """Do what is left of a run, from the newest checkpoint to the exported files, which end up on the board.
 
     Raises `Yielded` when it was told to stop and did, otherwise errors of `diffusion_trainer.errors`.
@@ -61,28 +62,24 @@ def train(run: RunConfig, desk: Desk) -> None:
     with gpu_errors(), ExitStack() as stack:
         with stop.cut_short():
             stores = open_stores(run, credentials=settings.credentials)
-            ledger, target = open_checkpoints(run, stores, on_warning=board.warn)  # older attempts are fenced off now
-            delivered = output.receipt(stores.state, stores.output, identity=spec.identity())
-            if delivered is not None:
+            ledger = open_ledger(run, stores, on_warning=board.warn)
+            publisher = None
+            if peers.leads:
+                target = fence(run, ledger, stores)  # older attempts are off now
+                board.update(output=output.receipt(stores.state, stores.output, identity=spec.identity()) or ())
+            if peers.as_leader_says("delivered", bool(board.state.output)):
                 LOG.info("an earlier attempt exported everything")
-                board.update(output=delivered)
                 return
-            publisher = stack.enter_context(Publisher(target, staging=settings.work / "staging", on_warning=board.warn))
-            ready = prepare(run, stores, work=settings.work, board=board)
-            step, curves = resume(run, ledger, ready, desk=desk)
-        total = ready.extent.total_steps
+            if peers.leads:
+                publisher = stack.enter_context(
+                    Publisher(target, staging=settings.work / "staging", on_warning=board.warn)
+                )
+            ready = prepare(run, stores, work=settings.work, board=board, peers=peers)
+            step, curves = resume(run, ledger, ready, desk=desk, peers=peers)
         batches = stack.enter_context(open_batches(spec, ready, start_step=step, workers=settings.loader_workers))
         courier = stack.enter_context(Courier(stores.output, on_warning=board.warn))
-        events = settings.work / "tensorboard" if spec.tracking.tensorboard else None
-        tracking = Tracking(curves, courier, folder=events, attempt=run.attempt, start_step=step)
-        reporter = Reporter(board, desk.metrics, extent=ready.extent, start_step=step)
-        saver = Saver(
-            publisher,
-            partial(snapshot, trained=ready.trained, curves=curves, basis=ready.basis),
-            cadence=Cadence.parse(spec.checkpoint.interval),
-            start_step=step,
-            voices=Voices(board, desk.metrics, stores.state.uri),
-        )
+        books = open_books(run, ready, curves, desk=desk, start_step=step, outlets=Outlets(stores, publisher, courier))
+        total = ready.extent.total_steps
         evaluator = Evaluator(
             spec=spec,
             lock=ready.plan.lock,
@@ -95,12 +92,13 @@ def train(run: RunConfig, desk: Desk) -> None:
             courier=courier,
             stop=stop,
             report=board.say,
+            peers=peers,
         )
 
         evaluator.evaluate_when_due(step)  # the last attempt may have been stopped before it could
-        while step < total and not stop.requested:
+        while step < total and not peers.agree(stop.requested):  # so all of them stop after the same step
             wait_seconds, batch = timed(batches)
-            loss = gradients(batch, ready)
+            loss = added_up(gradients(batch, ready), ready.trained, peers)
             learning_rate = optim.lr_at(step, spec.training.lr_schedule, peak=spec.learning_rate, total_steps=total)
             norm = optim.apply_update(
                 ready.trained.optimizer,
@@ -108,54 +106,103 @@ def train(run: RunConfig, desk: Desk) -> None:
                 max_grad_norm=spec.training.optimizer.max_grad_norm,
             )
             step += 1
-            curves.note(step, loss=loss, learning_rate=learning_rate, grad_norm=norm)
+            books.note(Stepped(step, loss, learning_rate, norm, wait_seconds))
             settings.failpoint.hit("step", step)
-            reporter.stepped(step, wait_seconds=wait_seconds, now=time.time())
-
             evaluator.evaluate_when_due(step)
-            saving = saver.due(step)
-            if saving or reporter.due(step):
-                settle(curves, ready.plan, metrics=desk.metrics)  # the only wait for the device: losses as numbers
-                reporter.report(step, curves)
-            if saving:
-                saver.save(step)
-                tracking.publish()
-                settings.failpoint.hit("checkpoint", step)
-            saver.announce()
+            books.close(step)
 
-        settle(curves, ready.plan, metrics=desk.metrics)
-        if stop.requested:
-            saver.give_way(step, seconds_left=stop.seconds_left)
+        if peers.agree(stop.requested):
+            books.give_way(step, seconds_left=stop.seconds_left)
             raise Yielded
-        saver.save(step, wait=True)
-        tracking.publish()
-        with stop.cut_short():
+        books.finish(step)
+        with stop.cut_short(), peers.leader_first("export"):
             board.update(stage="Exporting", detail="")
-            board.update(output=deliver(spec, stores, ready, folder=settings.work / "export"))
+            if peers.leads:
+                board.update(output=deliver(spec, stores, ready, folder=settings.work / "export"))
 
 
-def open_checkpoints(run: RunConfig, stores: Stores, *, on_warning: Callable[[str], None]) -> tuple[Ledger, Target]:
-    """Take the fence; return the ledger to resume from and the target of new checkpoints. Raises `Fenced`."""
-    identity = run.spec.identity()
-    retention = Retention(keep_last=run.spec.checkpoint.keep_last)
-    ledger = Ledger(
-        stores.state, attempt=run.attempt, run_spec_sha=identity, retention=retention, on_warning=on_warning
+@dataclass(frozen=True)
+class Outlets:
+    """Where what is written down goes; there is a publisher of checkpoints in rank 0 only."""
+
+    stores: Stores
+    publisher: Publisher | None
+    courier: Courier
+
+
+def open_books(run: RunConfig, ready: Ready, curves: Curves, *, desk: Desk, start_step: int, outlets: Outlets) -> Books:
+    """Return the books of this process."""
+    spec, settings, board = run.spec, desk.settings, desk.board
+    if outlets.publisher is None:
+        return Books(board)
+    events = settings.work / "tensorboard" if spec.tracking.tensorboard else None
+    return LeadersBooks(
+        board,
+        curves,
+        ready.plan,
+        Reporter(board, desk.metrics, extent=ready.extent, start_step=start_step),
+        Saver(
+            outlets.publisher,
+            partial(snapshot, trained=ready.trained, curves=curves, basis=ready.basis),
+            cadence=Cadence.parse(spec.checkpoint.interval),
+            start_step=start_step,
+            voices=Voices(board, desk.metrics, outlets.stores.state.uri),
+        ),
+        Tracking(curves, outlets.courier, folder=events, attempt=run.attempt, start_step=start_step),
+        desk.metrics,
+        settings.failpoint,
     )
-    return ledger, Target(stores.open_state, ledger.acquire().lease, identity, retention)
 
 
-def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, desk: Desk) -> tuple[int, Curves]:
-    """Put back the newest checkpoint, if the job wants that; return its step and curves, or those of a fresh start."""
-    if run.spec.checkpoint.resume == "Never":
-        ledger.start_over()
+def open_ledger(run: RunConfig, stores: Stores, *, on_warning: Callable[[str], None]) -> Ledger:
+    """Return the ledger of the job's checkpoints, without its fence."""
+    return Ledger(
+        stores.state,
+        attempt=run.attempt,
+        run_spec_sha=run.spec.identity(),
+        retention=Retention(keep_last=run.spec.checkpoint.keep_last),
+        on_warning=on_warning,
+    )
+
+
+def fence(run: RunConfig, ledger: Ledger, stores: Stores) -> Target:
+    """Take the fence and return the target of new checkpoints. Raises `Fenced`."""
+    retention = Retention(keep_last=run.spec.checkpoint.keep_last)
+    return Target(stores.open_state, ledger.acquire().lease, run.spec.identity(), retention)
+
+
+def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, desk: Desk, peers: Peers) -> tuple[int, Curves]:
+    """Put back the newest checkpoint, if the job wants that; return its step and curves, or those of a fresh start.
+
+    The leader decides which one it is, and all must begin with the same bits.
+    """
+    found, scratch = None, desk.settings.work
     with desk.metrics.checkpoint_duration.labels("load").time():
-        found = ledger.load(scratch=desk.settings.work)
+        if peers.leads:
+            if run.spec.checkpoint.resume == "Never":
+                ledger.start_over()
+            found = ledger.load(scratch=scratch)
+        entry = peers.as_leader_says("checkpoint", asdict(ledger.loaded) if ledger.loaded else None)
+        if entry and not peers.leads:
+            found = ledger.read(Entry(**entry), scratch=scratch)
     curves = restore(found, ready.trained, basis=ready.basis) if found else Curves()
+    if peers.world_size > 1:
+        peers.check_same("start", beginning(run, ready))
     step = found.step if found else 0
     desk.board.update(stage="Running", detail="", step=step, resumed_from_step=step if found else None)
     total, micro_batch = ready.extent.total_steps, ready.share.micro_batch_size
     LOG.info("from step %d to %d, micro-batch %d on %s", step, total, micro_batch, ready.device.torch)
     return step, curves
+
+
+def beginning(run: RunConfig, ready: Ready) -> dict[str, str]:
+    """Return the hashes of what all processes must begin with."""
+    return {
+        "spec": run.spec.identity(),
+        "dataset": ready.basis.dataset,
+        "base model": json.dumps(dict(ready.basis.model), sort_keys=True),
+        "set of weights": digest(ready.trained.weights()),
+    }
 
 
 @contextmanager
@@ -200,16 +247,18 @@ def gradients(batches: Sequence[Batch], ready: Ready) -> Tensor:
     return total
 
 
-def settle(curves: Curves, plan: Plan, *, metrics: Metrics) -> None:
-    """Read the losses from the device. Raises `Diverged`, before anything that came of it can be saved."""
-    fresh = curves.settle()
-    metrics.nonfinite_loss.inc(sum(not math.isfinite(point.loss) for point in fresh))
-    if bad := first_diverged(fresh):
-        images = [plan.lock.images[slot.image].key for slot in plan.batch(bad.step - 1)]
-        raise Diverged(
-            f"the loss of step {bad.step} is {bad.loss}: lower training.learningRate (it was {bad.learning_rate:.3g}) "
-            f"or raise lrSchedule.warmupSteps; the images of this step were {', '.join(images[:8])}"
-        )
+def added_up(loss: Tensor, trained: Trained, peers: Peers) -> Tensor:
+    """Replace the gradients by their sums over all processes; return the loss of the whole batch.
+
+    Every process has weighed its images by 1 / batchSize, so sums are what one process would have got.
+    """
+    if peers.world_size == 1:
+        return loss
+    parameters = [parameter for parameter in trained.parameters.values() if parameter.grad is not None]
+    *sums, total = peers.add_up([*(p.grad for p in parameters if p.grad is not None), loss])
+    for parameter, gradient in zip(parameters, sums, strict=True):
+        parameter.grad = gradient
+    return total
 
 
 def deliver(spec: TrainerSpec, stores: Stores, ready: Ready, *, folder: Path) -> tuple[OutputFile, ...]:

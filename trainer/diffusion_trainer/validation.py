@@ -19,6 +19,8 @@ BINS = 8
 
 LossOfEach: TypeAlias = Callable[[Batch], torch.Tensor]
 """Unweighted loss of each image of a batch, fp32 [B]: mean squared error of the denoiser. Called without gradients."""
+Loss: TypeAlias = tuple[int, int, float]
+"""Index of the image, number of the bin, loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def timestep(number: int) -> int:
     return (2 * number + 1) * TRAIN_TIMESTEPS // (2 * BINS)
 
 
-def validate(
+def validate(  # noqa: PLR0913 - what is measured, and by how many
     lock: DatasetLock,
     cache: CachedTensors,
     loss_of_each: LossOfEach,
@@ -51,8 +53,13 @@ def validate(
     seed: int,
     batch_size: int,
     device: torch.device | str,
+    part: slice = slice(None),
+    gather: Callable[[list[Loss]], list[Loss]] = list,
 ) -> ValidationResult | None:
     """Return the loss on the held-out split, None where there is none.
+
+    Of several processes each does a `part` of the batches; `gather` brings together what they found, at the one that
+    gets the result. It is the same, bit for bit, however many there are.
 
     Noise and timesteps belong to the image (by content hash), not to its place in a batch. The latents are the
     posterior's mean, the caption is never dropped. The last batch is padded, so that all have one shape per bucket.
@@ -60,16 +67,18 @@ def validate(
     order: list[_Case] = []
     losses: list[torch.Tensor] = []
     with torch.no_grad():
-        for cases in _batches(lock, batch_size):
+        for cases in list(_batches(lock, batch_size))[part]:
             padded = cases + [cases[-1]] * (batch_size - len(cases))
             batch = _batch(padded, lock, cache, seed).to(device)
             losses.append(loss_of_each(batch)[: len(cases)])
             order += cases
-    if not order:
-        return None
     # One transfer, after everything was launched. Summed in one order whatever the batches were.
-    found = dict(zip(order, torch.cat(losses).double().tolist(), strict=True))
-    images = sorted({case.image for case in order}, key=lambda image: (lock.images[image].id, image))
+    values = torch.cat(losses).double().tolist() if losses else []
+    pooled = gather([(case.image, case.bin, loss) for case, loss in zip(order, values, strict=True)])
+    if not pooled:
+        return None
+    found = {_Case(image, number): loss for image, number, loss in pooled}
+    images = sorted({case.image for case in found}, key=lambda image: (lock.images[image].id, image))
     by_bin = tuple(sum(found[_Case(image, number)] for image in images) / len(images) for number in range(BINS))
     return ValidationResult(loss=sum(by_bin) / BINS, by_bin=by_bin, images=len(images))
 

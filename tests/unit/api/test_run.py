@@ -1,23 +1,17 @@
 """The wire: what is written is what is read, and nothing is longer than its carrier."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from diffusion_api.outcomes import OF_CAUSE, OF_CODE, OUTCOMES, Cause, ExitCode
 from diffusion_api.run import MAX_LAST_WORD_BYTES, JobIdentity, LastWord, RunConfig
 from diffusion_api.status import OutputFile
 from diffusion_api.validate import parse
+from testkit.builders import make_job
 
-JOB = {
-    "metadata": {"name": "cats"},
-    "spec": {
-        "method": "LoRA",
-        "model": {"source": "s3://models/sd-v1-5/"},
-        "dataset": {"source": "s3://team-a/cats/"},
-        "output": {"destination": "s3://team-a/out/"},
-        "resources": {"profile": "a100-80gb"},
-    },
-}
+JOB = make_job()
 
 
 def test_a_run_config_survives_the_annotation():
@@ -25,6 +19,20 @@ def test_a_run_config_survives_the_annotation():
         job=JobIdentity(name="cats", namespace="a", uid="u"), attempt=2, device="CPU", spec=parse(JOB).trainer_part()
     )
     assert RunConfig.model_validate_json(run.model_dump_json(by_alias=True)) == run
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"nodes": 2}, "2 nodes need a rendezvous"),
+        ({"nodeRank": 1}, "nodeRank is 1 of 1 nodes"),
+    ],
+)
+def test_pods_that_cannot_meet_are_refused(run, message):
+    identity = {"name": "cats", "namespace": "a", "uid": "u"}
+    base = {"job": identity, "attempt": 1, "device": "CPU", "spec": parse(JOB).trainer_part()}
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate(base | run)
 
 
 @given(st.text(max_size=1024), st.text(max_size=20_000), st.integers(0, 8))

@@ -11,6 +11,7 @@ import torch
 from diffusion_api.run import RunConfig
 from diffusion_api.status import OutputFile
 from diffusion_trainer import output
+from diffusion_trainer.bookkeeping import settle
 from diffusion_trainer.cadence import Cadence, auto_seconds, fits_grace
 from diffusion_trainer.checkpoint import Entry, Saved, Snapshot
 from diffusion_trainer.courier import Courier
@@ -33,7 +34,7 @@ from diffusion_trainer.optim import apply_update, make_optimizer
 from diffusion_trainer.progress import Board
 from diffusion_trainer.saving import Saver, Voices
 from diffusion_trainer.state import Basis, Trained, restore, snapshot
-from diffusion_trainer.train import gradients, open_batches, settle
+from diffusion_trainer.train import gradients, open_batches
 
 CPU = torch.device("cpu")
 

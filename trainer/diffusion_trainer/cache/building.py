@@ -39,7 +39,7 @@ class _Wanted:
     variant: Variant
 
 
-def build(
+def build(  # noqa: PLR0913 - what a cache depends on, and which part of it
     lock: DatasetLock,
     family: Family,
     store: ObjectStore,
@@ -47,12 +47,14 @@ def build(
     variants: Variants,
     pictures: Pictures,
     report: Callable[[str], None],
+    part: slice = slice(None),
 ) -> Cache:
     """Return the cache of a dataset: each shard from this machine, else from the bucket, else encoded and uploaded.
 
     `store` is the output destination; shards lie below `names.CACHE_PREFIX`, local copies beside the pictures. Images
     are downloaded (by `pictures`) only for shards that have to be encoded. Calling it again after an interruption
-    repeats at most one shard.
+    repeats at most one shard. `part` of the shards are seen to, and the cache lacks the others: several processes each
+    encode a part, and then fetch all.
 
     Raises:
         BadData: an image changed or vanished since the freeze, or the VAE makes no finite numbers of it.
@@ -76,8 +78,9 @@ def build(
         return _text({key: captions[key] for key in shard.entries}, family)
 
     images = {key: one.image.id for key, one in wanted.items()}  # variants of an image lie together
-    places = _obtained(_shards("latents", images), encode_latents, shelf, report)
-    places |= _obtained(_shards("text", dict(zip(captions, captions, strict=True))), encode_text, shelf, report)
+    places = _obtained(_shards("latents", images)[part], encode_latents, shelf, report)
+    texts = _shards("text", dict(zip(captions, captions, strict=True)))
+    places |= _obtained(texts[part], encode_text, shelf, report)
     return Cache(latents, {caption: key for key, caption in captions.items()}, places)
 
 
