@@ -49,8 +49,6 @@ LIMITS = (
     Limit("training.objective.shift", (None,)),
     Limit("validation.earlyStopping", (None,)),
     Limit("output.hub", (None,)),
-    Limit("resources.nodes", (1,)),
-    Limit("resources.gpusPerNode", (1,)),
     Limit("resources.alternatives", ([],)),
     Limit("runPolicy.activeDeadlineSeconds", (None,)),
     Limit("runPolicy.pendingDeadlineSeconds", (None,)),

@@ -60,9 +60,22 @@ def parse(job: dict[str, Any], *, local: bool = False) -> JobSpec:
         raise InvalidJobError(problems + _merged(map(_problem, error.errors(include_url=False)))) from error
     for path, value, remedy in unsupported(spec, local=local):
         problems.append(Problem(f"spec.{path}", value, f"not supported yet: {remedy}"))
+    problems += _sharing_problems(job, spec)
     if problems:
         raise InvalidJobError(problems)
     return spec
+
+
+def _sharing_problems(job: dict[str, Any], spec: JobSpec) -> Iterator[Problem]:
+    """Yield what several processes cannot share, and what several pods cannot be called."""
+    processes = spec.resources.nodes * spec.resources.gpus_per_node
+    if spec.batch_size % processes:
+        remedy = f"use a multiple of {processes}, so that all GPUs (resources.nodes x gpusPerNode) get equal shares"
+        yield Problem("spec.training.batchSize", spec.batch_size, remedy)
+    name = job.get("metadata", {}).get("name", "")
+    if spec.resources.nodes > 1 and not name[:1].isalpha():
+        remedy = "begin with a letter: pods on several nodes find each other by a Service of that name"
+        yield Problem("metadata.name", name, remedy)
 
 
 def _metadata_problems(job: dict[str, Any]) -> Iterator[Problem]:

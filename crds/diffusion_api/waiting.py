@@ -19,6 +19,7 @@ class WaitingCause(StrEnum):
     MISSING_PRIORITY_CLASS = "MissingPriorityClass"
     MISSING_RUNTIME_CLASS = "MissingRuntimeClass"
     POD_NAME_TAKEN = "PodNameTaken"
+    SERVICE_NAME_TAKEN = "ServiceNameTaken"
     ADMISSION_REJECTED = "AdmissionRejected"
     MISSING_SECRET = "MissingSecret"  # noqa: S105 - a cause
     MISSING_PERSISTENT_VOLUME_CLAIM = "MissingPersistentVolumeClaim"

@@ -43,6 +43,13 @@ WAITS: tuple[Wait, ...] = (
         "kubectl get runtimeclasses",
     ),
     Wait(
+        _C.SERVICE_NAME_TAKEN,
+        "",
+        "pods on several nodes need a Service of the job's name, and there is one that is not of this job",
+        "create the job under another name, or delete the Service if nobody needs it: kubectl delete service {service} "
+        "--namespace {namespace}",
+    ),
+    Wait(
         _C.POD_NAME_TAKEN,
         "",
         "a pod of that name exists and is not of this job",

@@ -67,27 +67,42 @@ async def tell(job: Job, *, now: datetime, knowledge: Knowledge, cluster: Cluste
 
 
 async def _create(manifest: Object, job: Job, *, knowledge: Knowledge, cluster: Cluster) -> None:
+    metadata = manifest["metadata"]
+    is_service = manifest["kind"] == "Service"
+    get = cluster.get_service if is_service else cluster.get_pod
     try:
-        pod = await cluster.create_pod(manifest)
+        created = await (cluster.create_service(manifest) if is_service else cluster.create_pod(manifest))
     except ExistsError:
-        metadata = manifest["metadata"]
-        pod = await cluster.get_pod(metadata["namespace"], metadata["name"])
-        if not _is_ours(pod, manifest):
-            knowledge.refusals[job.uid] = Refusal(
-                cause=WaitingCause.POD_NAME_TAKEN,
-                detail=f"a pod {metadata['name']} exists and is not of this job",
-                hint=hint(WaitingCause.POD_NAME_TAKEN, pod=metadata["name"], namespace=metadata["namespace"]),
-            )
-            raise RefusedError(f"pod {metadata['name']}: the name is taken by a pod that is not of this job") from None
+        created = await get(metadata["namespace"], metadata["name"])
+        if not _is_ours(created, manifest):
+            knowledge.refusals[job.uid] = _taken(manifest)
+            kind, name = manifest["kind"].lower(), metadata["name"]
+            raise RefusedError(f"{kind} {name}: the name is taken by a {kind} that is not of this job") from None
     except RefusedError as error:
         found = why_refused(str(error), namespace=job.namespace)
         knowledge.refusals[job.uid] = Refusal(cause=found.cause, detail=found.detail, hint=found.hint)
         raise
     knowledge.refusals.pop(job.uid, None)
-    knowledge.pods.put(pod)
+    if manifest["kind"] == "Pod":
+        knowledge.pods.put(created)
 
 
-def _is_ours(pod: Object, manifest: Object) -> bool:
-    """Return whether an existing pod is the one that was to be created: of the same job, and of the same attempt."""
-    found, wanted = pod["metadata"].get("labels") or {}, manifest["metadata"]["labels"]
-    return all(found.get(key) == wanted[key] for key in (names.LABEL_JOB_UID, names.LABEL_ATTEMPT, names.LABEL_RANK))
+def _taken(manifest: Object) -> Refusal:
+    """Return what to say of a name that somebody else's object has."""
+    name, namespace = manifest["metadata"]["name"], manifest["metadata"]["namespace"]
+    if manifest["kind"] == "Service":
+        cause, words = WaitingCause.SERVICE_NAME_TAKEN, {"service": name}
+    else:
+        cause, words = WaitingCause.POD_NAME_TAKEN, {"pod": name}
+    return Refusal(
+        cause=cause,
+        detail=f"a {manifest['kind'].lower()} {name} exists and is not of this job",
+        hint=hint(cause, namespace=namespace, **words),
+    )
+
+
+def _is_ours(existing: Object, manifest: Object) -> bool:
+    """Return whether an existing object is the one that was to be created: of the same job, attempt and rank."""
+    found, wanted = existing["metadata"].get("labels") or {}, manifest["metadata"]["labels"]
+    keys = (names.LABEL_JOB_UID, names.LABEL_ATTEMPT, names.LABEL_RANK)
+    return all(found.get(key) == wanted.get(key) for key in keys)

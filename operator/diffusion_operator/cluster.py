@@ -70,6 +70,12 @@ class Cluster(Protocol):
     async def get_pod(self, namespace: str, name: str) -> Object:
         """Return the pod."""
 
+    async def create_service(self, service: Object) -> Object:
+        """Create the Service; ExistsError where there is one of that name."""
+
+    async def get_service(self, namespace: str, name: str) -> Object:
+        """Return the Service."""
+
     async def delete_pod(self, pod: Object) -> None:
         """Ask for the deletion of exactly this pod, with the grace that it names."""
 
@@ -146,6 +152,15 @@ class KubernetesCluster:
     async def get_pod(self, namespace: str, name: str) -> Object:
         """Return the pod as the API server has it now."""
         return await self._request("GET", f"{_within(namespace, '/api/v1/pods')}/{name}")
+
+    async def create_service(self, service: Object) -> Object:
+        """Create the Service."""
+        path = _within(service["metadata"]["namespace"], "/api/v1/services")
+        return await self._request("POST", path, body=service)
+
+    async def get_service(self, namespace: str, name: str) -> Object:
+        """Return the Service as the API server has it now."""
+        return await self._request("GET", f"{_within(namespace, '/api/v1/services')}/{name}")
 
     async def delete_pod(self, pod: Object) -> None:
         """Delete the pod if it is still the same one."""

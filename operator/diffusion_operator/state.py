@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from diffusion_api import names
 from diffusion_api.job import JobSpec
+from diffusion_api.outcomes import ExitCode
 from diffusion_api.run import LastWord, ProgressReport
 from diffusion_api.status import Attempt, Condition, JobStatus
 from diffusion_api.training_profile import ProfileSpec
@@ -124,6 +125,12 @@ class SeenPod:
         return int(text) if text.isdigit() else 0
 
     @property
+    def rank(self) -> int:
+        """Its rank within its attempt; 0 where the label is missing or no number."""
+        text = self.raw["metadata"].get("labels", {}).get(names.LABEL_RANK, "")
+        return int(text) if text.isdigit() else 0
+
+    @property
     def phase(self) -> str:
         """Pending, Running, Succeeded, Failed or Unknown."""
         return str(self._status.get("phase", "Pending"))
@@ -219,6 +226,16 @@ class SeenPod:
         except ValidationError:
             return None
         return word if word.attempt == self.attempt else None
+
+    @property
+    def said_code(self) -> int:
+        """The exit code that the trainer meant: a SIGKILL after its last word does not change what it said."""
+        return self.last_word.exit_code if self.last_word is not None else int(self.terminated.get("exitCode", -1))
+
+    @property
+    def completed(self) -> bool:
+        """Whether its trainer has done everything."""
+        return self.said_code == ExitCode.DONE
 
     @property
     def _status(self) -> Mapping[str, Any]:
@@ -336,8 +353,9 @@ class Case:
         return self.processes if self.profile.resource_name else 0
 
     def pods_of(self, attempt: int) -> tuple[SeenPod, ...]:
-        """Return the pods of one attempt."""
-        return tuple(pod for pod in self.seen.pods if pod.attempt == attempt)
+        """Return the pods of one attempt, by rank."""
+        found = (pod for pod in self.seen.pods if pod.attempt == attempt)
+        return tuple(sorted(found, key=lambda pod: pod.rank))
 
     @property
     def live_pods(self) -> tuple[SeenPod, ...]:

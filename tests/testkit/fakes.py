@@ -29,6 +29,7 @@ class MemoryCluster:
 
     jobs: dict[Key, Object] = field(default_factory=dict)
     pods: dict[Key, Object] = field(default_factory=dict)
+    services: dict[Key, Object] = field(default_factory=dict)
     profiles: dict[str, Object] = field(default_factory=dict)
     events: dict[Key, Object] = field(default_factory=dict)
     pod_events: list[Object] = field(default_factory=list)
@@ -106,6 +107,17 @@ class MemoryCluster:
 
         created: Object = self._write(f"create {pod['metadata']['name']}", write)
         return created
+
+    async def create_service(self, service: Object) -> Object:
+        def write() -> Object:
+            self._free(self.services, _key(service))
+            return self._store(self.services, service)
+
+        created: Object = self._write(f"create service {service['metadata']['name']}", write)
+        return created
+
+    async def get_service(self, namespace: str, name: str) -> Object:
+        return self._get(self.services, (namespace, name))
 
     async def delete_pod(self, pod: Object) -> None:
         def write() -> None:

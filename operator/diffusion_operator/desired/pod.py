@@ -8,7 +8,7 @@ from typing import Any
 from diffusion_api import names
 from diffusion_api.job import JobSpec
 from diffusion_api.resources import EnvVar
-from diffusion_api.run import JobIdentity, RunConfig
+from diffusion_api.run import JobIdentity, Rendezvous, RunConfig
 from diffusion_api.training_profile import ProfileSpec
 from diffusion_operator.desired import placement
 from diffusion_operator.desired.quantity import times
@@ -40,12 +40,19 @@ def run_config(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attemp
         node_rank=rank,
         nodes=spec.resources.nodes,
         processes_per_node=spec.resources.gpus_per_node,
+        rendezvous=rendezvous(job, attempt.number) if spec.resources.nodes > 1 else None,
         device=profile.device,
         micro_batch_size=attempt.micro_batch_size,
         grace_period_seconds=profile.termination_grace_period_seconds,
         stall_seconds=spec.run_policy.stall_seconds,
         spec=spec.trainer_part(),
     )
+
+
+def rendezvous(job: Job, attempt: int) -> Rendezvous:
+    """Return where the pods of an attempt meet; the name is looked up in the pods' own namespace."""
+    host = f"{names.pod_name(job.name, attempt, 0)}.{names.service_name(job.name)}"
+    return Rendezvous(host=host, port=names.RENDEZVOUS_PORT)
 
 
 def build(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attempt, rank: int) -> Object:
@@ -71,13 +78,18 @@ def build(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attempt, ra
     }
     optional = {
         "nodeSelector": placement.node_selector(spec, profile),
-        "affinity": placement.affinity(spec, profile),
+        "affinity": placement.affinity(spec, profile) | _apart(job, spec, attempt.number),
         "runtimeClassName": profile.runtime_class_name,
         "serviceAccountName": spec.credentials.service_account_name,
         "priorityClassName": overrides.priority_class_name,
         "schedulerName": overrides.scheduler_name,
         "imagePullSecrets": [{"name": secret.name} for secret in overrides.image_pull_secrets],
     }
+    if spec.resources.nodes > 1:
+        optional |= {
+            "hostname": names.pod_name(job.name, attempt.number, rank),
+            "subdomain": names.service_name(job.name),
+        }
     pod_spec |= {key: value for key, value in optional.items() if value}
     return {
         "apiVersion": "v1",
@@ -108,6 +120,15 @@ def labels(job: Job, *, attempt: int, rank: int) -> dict[str, str]:
         names.LABEL_ATTEMPT: str(attempt),
         names.LABEL_RANK: str(rank),
     }
+
+
+def _apart(job: Job, spec: JobSpec, attempt: int) -> Object:
+    """Return the affinity that gives each pod of an attempt a node of its own; empty for a single pod."""
+    if spec.resources.nodes == 1:
+        return {}
+    siblings = {names.LABEL_JOB_UID: job.uid, names.LABEL_ATTEMPT: str(attempt)}
+    term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": siblings}}
+    return {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
 
 
 def owner(job: Job) -> Object:

@@ -31,8 +31,10 @@ def attempt_ended(case: Case) -> Decision | None:
     if running and len(running) == len(pods):
         return None
     if running:
-        # One ended rank ends the attempt for all: the others wait for it in vain.
-        stopping = tuple(pod for pod in running if not pod.deleting)
+        # One ended rank ends the attempt for all: the others wait for it in vain. Where nothing is left to be done they
+        # are about to end by themselves.
+        done = all(pod.completed for pod in pods if pod not in running)
+        stopping = () if done else tuple(pod for pod in running if not pod.deleting)
         return Decision(rule="attemptEnded", delete=stopping, again_seconds=seconds_to_stuck(running, case))
     status, verdict = close(case)
     if verdict.action == Action.RESUME:
@@ -56,7 +58,8 @@ def close(case: Case) -> tuple[JobStatus, Verdict]:
     stopped = case.spec.suspend or (condition is not None and condition.reason == SUSPENDING)
     ending = ending_of(pods, stopped=stopped, now=case.now)
     status = accepted(case)
-    for report in (case.seen.heard.report, ending.word):
+    # Of steps and checkpoints rank 0 knows most, so it has the last word.
+    for report in (case.seen.heard.report, *(pod.last_word for pod in reversed(pods))):
         if report is not None:
             status = take_report(status, report)
     verdict = judge(status, case.spec, ending)
@@ -112,8 +115,8 @@ def back_off(case: Case, status: JobStatus, verdict: Verdict) -> JobStatus:
 
 
 def nodes_of(pods: tuple[SeenPod, ...]) -> tuple[str, ...]:
-    """Return the nodes of pods, in order of their names."""
-    return tuple(sorted({pod.node for pod in pods if pod.node}))
+    """Return the nodes of pods, in the order of the pods, which is that of the ranks."""
+    return tuple(pod.node for pod in pods if pod.node)
 
 
 def _account(case: Case, status: JobStatus, pods: tuple[SeenPod, ...]) -> JobStatus:

@@ -41,7 +41,7 @@ def attempt_runs(case: Case) -> Decision | None:
         wanted = attempt_starts.pods(case, case.status)
         missing = tuple(manifest for manifest in wanted if manifest["metadata"]["name"] not in present)
         if missing:
-            return Decision(rule="attemptRuns", status=_refused(case), create=missing)
+            return Decision(rule="attemptRuns", status=_refused(case), create=attempt_starts.services(case) + missing)
     status = accepted(case)
     status = edit_attempt(status, nodes=nodes_of(pods) or attempt.nodes)
     stopping = tuple(pod for pod in pods if pod.deleting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffusion_api.status import MAX_ATTEMPTS, Attempt, JobStatus
 from diffusion_operator import timestamps
-from diffusion_operator.desired import pod
+from diffusion_operator.desired import pod, service
 from diffusion_operator.policies.leftovers import leftovers
 from diffusion_operator.policies.run_policy import micro_batch_bound
 from diffusion_operator.policies.validation import accepted
@@ -53,7 +53,7 @@ def open_next(case: Case, status: JobStatus, *, rule: str) -> Decision:
         status = set_condition(
             status, kind, "False", reason=STARTING, message=message, generation=generation, now=case.now
         )
-    return Decision(rule=rule, status=status, create=pods(case, status), delete=leftovers(case))
+    return Decision(rule=rule, status=status, create=services(case) + pods(case, status), delete=leftovers(case))
 
 
 def resumed(case: Case, status: JobStatus) -> JobStatus:
@@ -82,3 +82,8 @@ def pods(case: Case, status: JobStatus) -> tuple[Object, ...]:
     ranks = range(case.spec.resources.nodes)
     profile = case.profile
     return tuple(pod.build(case.job, case.spec, profile, attempt=attempt, rank=rank) for rank in ranks)
+
+
+def services(case: Case) -> tuple[Object, ...]:
+    """Return the manifests of what pods on several nodes need to find each other; there may be some already."""
+    return (service.build(case.job),) if case.spec.resources.nodes > 1 else ()

@@ -18,6 +18,10 @@ NODE_SHUTDOWN = {"Terminated", "NodeShutdown", "Shutdown", "Preempting", "Evicte
 UNKNOWN_END = {"ContainerStatusUnknown", "Unknown"}
 """What kubelets say of containers that are gone without them knowing how."""
 MAX_DETAIL = 700
+CLOCK_SKEW = timedelta(seconds=5)
+"""How much the clocks of two machines may differ."""
+_CONSEQUENCES: dict[int, int] = {ExitCode.COLLECTIVE_TIMEOUT: 1, ExitCode.YIELDED: 2, SIGTERM_CODE: 2}
+"""Codes that mostly follow from another rank's end, the more so the higher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +40,42 @@ Clue = Callable[[SeenPod, datetime], tuple[Cause, str] | None]
 def ending_of(pods: tuple[SeenPod, ...], *, stopped: bool, now: datetime) -> Ending:
     """Return how an attempt ended whose pods have all ended. `stopped`: the user suspended the job meanwhile.
 
-    Of several ranks the one that outranks the others by the precedence speaks; completed they must be all.
+    Of several ranks the one speaks that explains the others: pods that were stopped because another one had ended say
+    nothing; of the rest, who outranks the others by the precedence, then who says more than that it lost them, then who
+    ended first. Completed they must be all.
     """
     if not pods:
         cause = Cause.SUSPENDED if stopped else Cause.PREEMPTED
         return Ending(cause=cause, message=_sentence(cause, "the pod is gone without a trace"))
-    endings = [_of_pod(pod, stopped=stopped, now=now) for pod in pods]
+    speaking = pods if stopped else tuple(pod for pod in pods if not _stopped_with_others(pod, pods, now)) or pods
+    endings = [_of_pod(pod, stopped=stopped, now=now) for pod in speaking]
     unfinished = [entry for entry in endings if entry[1].cause != Cause.COMPLETED]
     return min(unfinished or endings, key=lambda entry: entry[0])[1]
 
 
-def _of_pod(pod: SeenPod, *, stopped: bool, now: datetime) -> tuple[int, Ending]:
+def _stopped_with_others(pod: SeenPod, pods: tuple[SeenPod, ...], now: datetime) -> bool:
+    """Return whether the pod was deleted because another one had ended: then that one says why.
+
+    What another one says of itself counts even when its node's clock is a little ahead; that it lost its peers, or was
+    told to stop, counts only when it was clearly there before the deletion.
+    """
+    if pod.finished and not _was_deleted(pod):
+        return False
+    if not pod.deleting or pod.stuck(now) or pod.condition("DisruptionTarget").get("status") == "True":
+        return False
+    asked_at = _deletion_asked_at(pod.raw["metadata"])
+    for other in pods:
+        finished_at = other.terminated.get("finishedAt")
+        if other is pod or not finished_at or other.completed or _was_deleted(other):
+            continue
+        patience = timedelta(0) if other.said_code in _CONSEQUENCES else CLOCK_SKEW
+        if timestamps.from_text(finished_at) <= asked_at + patience:
+            return True
+    return False
+
+
+def _of_pod(pod: SeenPod, *, stopped: bool, now: datetime) -> tuple[tuple[int, int, str], Ending]:
+    """Return what sorts the ending among those of other ranks, and the ending."""
     word = pod.last_word
     code = pod.terminated.get("exitCode")
     for rank, clue in enumerate(CLUES):
@@ -56,17 +85,22 @@ def _of_pod(pod: SeenPod, *, stopped: bool, now: datetime) -> tuple[int, Ending]
         cause, detail = found
         if stopped and clue not in (_fenced, _completed) and _was_deleted(pod):
             cause, detail = Cause.SUSPENDED, ""
-        return rank, Ending(cause=cause, message=_message(cause, detail, word), exit_code=code, word=word)
+        order = (
+            rank,
+            _CONSEQUENCES.get(pod.said_code, 0),
+            "" if pod.completed else pod.terminated.get("finishedAt", ""),
+        )
+        return order, Ending(cause=cause, message=_message(cause, detail, word), exit_code=code, word=word)
     raise AssertionError("the last clue always answers")
 
 
 def _fenced(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
-    return (Cause.FENCED, "") if _said_code(pod) == ExitCode.FENCED else None
+    return (Cause.FENCED, "") if pod.said_code == ExitCode.FENCED else None
 
 
 def _completed(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
     """Before every disruption: the weights are exported, and what came too late did no harm."""
-    return (Cause.COMPLETED, "") if _said_code(pod) == ExitCode.DONE else None
+    return (Cause.COMPLETED, "") if pod.completed else None
 
 
 def _node_stopped_answering(pod: SeenPod, now: datetime) -> tuple[Cause, str] | None:
@@ -118,7 +152,7 @@ def _lost_track(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
 
 
 def _said_or_exited(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
-    code = _said_code(pod)
+    code = pod.said_code
     said = str(pod.terminated.get("message") or "")
     if code in OF_CODE:
         return OF_CODE[code].cause, said
@@ -140,12 +174,6 @@ CLUES: tuple[Clue, ...] = (
     _out_of_memory,
     _said_or_exited,
 )
-
-
-def _said_code(pod: SeenPod) -> int:
-    """Return the exit code that the trainer meant: a SIGKILL after its last word does not change what it said."""
-    word = pod.last_word
-    return word.exit_code if word is not None else int(pod.terminated.get("exitCode", -1))
 
 
 def _is_unknown(pod: SeenPod) -> bool:

@@ -5,17 +5,9 @@ import copy
 import pytest
 
 from diffusion_api.validate import InvalidJobError, parse
+from testkit.builders import make_job
 
-JOB = {
-    "metadata": {"name": "cats"},
-    "spec": {
-        "method": "LoRA",
-        "model": {"source": "s3://models/sd-v1-5/"},
-        "dataset": {"source": "s3://team-a/cats/"},
-        "output": {"destination": "s3://team-a/out/"},
-        "resources": {"profile": "a100-80gb"},
-    },
-}
+JOB = make_job()
 
 
 def job(path, value):
@@ -51,7 +43,11 @@ def test_epochs_count_batches():
         ("dataset.source", "file:///tmp/x", "spec.dataset.source: file:///tmp/x: not supported yet: use s3://"),
         ("model.source", "s3://models/sd.safetensors", "not supported yet: use a folder in diffusers layout"),
         ("lora.useDora", True, "spec.lora.useDora: true: not supported yet: use false"),
-        ("resources.nodes", 2, "spec.resources.nodes: 2: not supported yet: use 1"),
+        (
+            "resources",
+            {"profile": "a", "nodes": 3, "gpusPerNode": 2},
+            "spec.training.batchSize: 4: use a multiple of 6, so that all GPUs",
+        ),
         ("output.hub", {"repository": "a/b"}, "not supported yet: leave it out"),
         ("training.microBatchSize", 0, "spec.training.microBatchSize: 0: input should be greater than or equal to 1"),
         (
@@ -86,6 +82,13 @@ def test_names_that_cannot_be_host_names():
     made = copy.deepcopy(JOB) | {"metadata": {"name": "a" * 51}}
     with pytest.raises(InvalidJobError, match="at most 50 characters"):
         parse(made)
+
+
+def test_names_of_jobs_on_several_nodes_begin_with_a_letter():
+    made = job("resources.nodes", 2) | {"metadata": {"name": "3d-cats"}}
+    with pytest.raises(InvalidJobError, match="begin with a letter"):
+        parse(made)
+    assert parse(job("resources.gpusPerNode", 2) | {"metadata": {"name": "3d-cats"}})
 
 
 def test_local_mode_reads_folders():

@@ -22,7 +22,7 @@ CORPUS = Path(__file__).parent / "corpus"
 FILES = sorted(CORPUS.glob("*.yaml"))
 LEAST_SITUATIONS = 75
 LEAST_ACCURACY = 0.95
-CAUSES_WITHOUT_SITUATION = {WaitingCause.POD_NAME_TAKEN}
+CAUSES_WITHOUT_SITUATION = {WaitingCause.POD_NAME_TAKEN, WaitingCause.SERVICE_NAME_TAKEN}
 """Diagnosed where the pod is created (`apply`), not from facts."""
 VERBS = "add|ask|build|check|correct|create|delete|look at|lower|name|raise|set|stop|use|wait"
 FIELD_OR_COMMAND = re.compile(
