@@ -1,4 +1,4 @@
-"""The engine's pure parts: cadence, curves, micro-batches, gradients, state, saving, uploads, results."""
+"""The engine's pure parts: cadence, curves, micro-batches, gradients, state, saving, results."""
 
 import json
 import math
@@ -14,7 +14,6 @@ from diffusion_trainer import output
 from diffusion_trainer.bookkeeping import settle
 from diffusion_trainer.cadence import Cadence, auto_seconds, fits_grace
 from diffusion_trainer.checkpoint import Entry, Saved, Snapshot
-from diffusion_trainer.courier import Courier
 from diffusion_trainer.curves import Curves, Evaluation, Point, first_diverged
 from diffusion_trainer.data import Batch
 from diffusion_trainer.device import gpu_errors, micro_batch_size
@@ -25,7 +24,6 @@ from diffusion_trainer.errors import (
     Diverged,
     GpuFault,
     GpuOutOfMemory,
-    StorageUnavailable,
 )
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.objective import Objective
@@ -467,55 +465,6 @@ def test_giving_way_leaves_a_busy_uploader_alone():
     _, _, _, saver = _saver(publisher)
     saver.give_way(3, seconds_left=30)
     assert publisher.saves == []
-
-
-# --- uploads on the way ---
-
-
-@dataclass
-class FakeStore:
-    failures: int = 0
-    objects: dict = field(default_factory=dict)
-
-    def put(self, key, data):
-        if self.failures:
-            self.failures -= 1
-            raise StorageUnavailable(f"put {key}: down")
-        self.objects[key] = data
-
-    def put_file(self, key, path):
-        self.put(key, path.read_bytes())
-
-
-def test_a_courier_delivers_bytes_and_files_before_it_leaves(tmp_path):
-    store = FakeStore()
-    (tmp_path / "events").write_bytes(b"e")
-    with Courier(store, on_warning=pytest.fail) as courier:
-        courier.send("metrics.jsonl", b"1")
-        courier.send("metrics.jsonl", b"2")
-        courier.send("events", tmp_path / "events")
-    assert store.objects == {"metrics.jsonl": b"2", "events": b"e"}
-
-
-def test_what_failed_is_sent_once_more_at_the_end():
-    warnings = []
-    store = FakeStore(failures=1)
-    with Courier(store, on_warning=warnings.append) as courier:
-        courier.send("a", b"1")
-    assert store.objects == {"a": b"1"}
-    assert warnings == ["upload a: put a: down"]
-
-
-def test_a_store_that_stays_down_ends_the_run():
-    with pytest.raises(StorageUnavailable), Courier(FakeStore(failures=2), on_warning=lambda _: None) as courier:
-        courier.send("a", b"1")
-
-
-def test_nobody_waits_for_uploads_of_a_run_that_failed():
-    store = FakeStore(failures=9)
-    with pytest.raises(BadConfig), Courier(store, on_warning=lambda _: None):
-        raise BadConfig("x")
-    assert store.objects == {}
 
 
 # --- results ---
