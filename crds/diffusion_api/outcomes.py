@@ -53,6 +53,9 @@ class Cause(StrEnum):
     ADMISSION_REJECTED = "AdmissionRejected"
     CRASH = "Crash"
     REPEATED_CRASH = "RepeatedCrash"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    PENDING_DEADLINE_EXCEEDED = "PendingDeadlineExceeded"
+    GPU_HOURS_EXCEEDED = "GPUHoursExceeded"
 
 
 class Action(StrEnum):
@@ -225,6 +228,27 @@ OUTCOMES: tuple[Outcome, ...] = (
         None,
         "the trainer ended in the same way at the same step twice",
         "read lastLines; trying again cannot help",
+    ),
+    Outcome(
+        Cause.DEADLINE_EXCEEDED,
+        Action.FAIL,
+        None,
+        "the job was not done within runPolicy.activeDeadlineSeconds",
+        "create it again with a longer deadline or fewer steps",
+    ),
+    Outcome(
+        Cause.PENDING_DEADLINE_EXCEEDED,
+        Action.FAIL,
+        None,
+        "the pods did not run within runPolicy.pendingDeadlineSeconds",
+        "do what the message says about what they waited for, and create the job again",
+    ),
+    Outcome(
+        Cause.GPU_HOURS_EXCEEDED,
+        Action.FAIL,
+        None,
+        "the job used up its GPU-hours (runPolicy.maxGPUHours, or limits.maxGPUHours of its profile)",
+        "create it again with more GPU-hours or fewer steps",
     ),
 )
 

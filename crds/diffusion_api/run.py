@@ -97,6 +97,8 @@ class ProgressReport(ApiModel):
     """Best checkpoint so far."""
     warnings: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=8)] = ()
     """What a user should know, e.g. quarantined images."""
+    idle_seconds: Annotated[float, Field(ge=0)] | None = None
+    """Seconds since the training last gave a sign of life; None from trainers that do not say."""
     time: Timestamp
     """When this was true."""
 
@@ -141,6 +143,8 @@ class LastWord(ApiModel):
     """Best checkpoint so far."""
     progress: Progress | None = None
     """How far it was."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Micro-batch that it trained with; None where it did not get so far."""
     output: Annotated[tuple[OutputFile, ...], Field(max_length=8)] = ()
     """Exported files, when done."""
     preflight: PreflightReport | None = None

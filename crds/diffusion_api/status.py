@@ -23,6 +23,7 @@ CONDITIONS = (
 )
 MAX_ATTEMPTS = 10
 MAX_LAST_LINES = 1024
+MAX_EXCLUDED_NODES = 16
 
 
 class Condition(ApiModel):
@@ -136,6 +137,8 @@ class Attempt(ApiModel):
     """Why it ended; docs/reference/causes.md."""
     exit_code: int | None = None
     """Exit code of the trainer."""
+    gpu_seconds: float = 0
+    """GPU-seconds that its pods held, so far."""
     message: Text = ""
     """What happened and what to do."""
     last_lines: Annotated[str, Field(max_length=MAX_LAST_LINES)] = ""
@@ -148,11 +151,13 @@ class Counters(ApiModel):
     restarts: int = 0
     """Attempts after the first."""
     failures: int = 0
-    """Endings that count towards backoffLimit."""
+    """Failures over the whole run."""
+    failures_since_checkpoint: int = 0
+    """Failures since an attempt last committed a new checkpoint; these count towards backoffLimit."""
     preemptions: int = 0
     """Endings by preemption: free, and never waited for."""
     infrastructure: int = 0
-    """Endings by infrastructure: retried with backoff under a budget of their own."""
+    """Endings by infrastructure since the last new checkpoint: retried with backoff under a budget of their own."""
     out_of_memory_retunes: int = 0
     """Times the micro-batch was made smaller."""
 
@@ -161,13 +166,26 @@ class Accounting(ApiModel):
     """What it cost."""
 
     gpu_seconds: float = 0
-    """GPU-seconds over all attempts."""
+    """GPU-seconds over all attempts, the running one included."""
+    useful_gpu_seconds: float = 0
+    """GPU-seconds of ended attempts that went into steps that were kept."""
     lost_gpu_seconds: float = 0
     """GPU-seconds of work that had to be repeated."""
     goodput: float | None = None
-    """Share of GPU time that went into steps that were kept."""
+    """Share of GPU time that went into steps that were kept, as of the end of the last attempt."""
     estimated_cost: Annotated[str, Field(max_length=32)] | None = None
     """Cost from the profile's price."""
+
+
+class ExcludedNode(ApiModel):
+    """A node that the job's attempts avoid for a while."""
+
+    node: Annotated[str, Field(max_length=253)]
+    """Its name."""
+    until: Timestamp
+    """Attempts that start later may use it again."""
+    reason: Annotated[str, Field(max_length=64)]
+    """Cause of the attempt that failed there."""
 
 
 class OutputFile(ApiModel):
@@ -201,6 +219,8 @@ class JobStatus(ApiModel):
     """One sentence: what is going on."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = ()
     """The truth."""
+    start_time: Timestamp | None = None
+    """When work on it began; runPolicy.activeDeadlineSeconds counts from here. Anew when a suspended job resumes."""
     pending: Pending | None = None
     """Why it is not running."""
     progress: Progress | None = None
@@ -215,6 +235,10 @@ class JobStatus(ApiModel):
     """Newest first."""
     next_attempt_at: Timestamp | None = None
     """When the next attempt may start, while a backoff runs."""
+    micro_batch_size: int | None = None
+    """Bound on the micro-batch, after a larger one did not fit."""
+    excluded_nodes: Annotated[tuple[ExcludedNode, ...], Field(max_length=MAX_EXCLUDED_NODES)] = ()
+    """Nodes that attempts avoid because one failed there."""
     counters: Counters = Counters()
     """How often what happened."""
     accounting: Accounting | None = None

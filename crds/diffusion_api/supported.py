@@ -50,10 +50,6 @@ LIMITS = (
     Limit("validation.earlyStopping", (None,)),
     Limit("output.hub", (None,)),
     Limit("resources.alternatives", ([],)),
-    Limit("runPolicy.activeDeadlineSeconds", (None,)),
-    Limit("runPolicy.pendingDeadlineSeconds", (None,)),
-    Limit("runPolicy.ttlSecondsAfterFinished", (None,)),
-    Limit("runPolicy.maxGPUHours", (None,)),
     Limit("notifications", ([],)),
 )
 

@@ -43,6 +43,8 @@ async def apply(decision: Decision, job: Job, *, knowledge: Knowledge, cluster: 
         except (NotFoundError, ConflictError):
             # Gone already, or another pod has its name by now; the watch has not said so yet.
             knowledge.pods.remove(pod.raw)
+    if decision.delete_job:
+        await cluster.delete_job(job.raw)
     for manifest in decision.create:
         await _create(manifest, job, knowledge=knowledge, cluster=cluster)
     return written

@@ -64,6 +64,9 @@ class Cluster(Protocol):
     async def write_status(self, job: Object, status: Object) -> Object:
         """Replace the job's status; ConflictError where the job is not as it was read."""
 
+    async def delete_job(self, job: Object) -> None:
+        """Delete the job and all that belongs to it; ConflictError where it is not as it was read."""
+
     async def create_pod(self, pod: Object) -> Object:
         """Create the pod; ExistsError where there is one of that name."""
 
@@ -144,6 +147,13 @@ class KubernetesCluster:
         # The whole object with the version that was read: the API server refuses it if anything changed since, the
         # user's suspend among it, and ignores all but the status.
         return await self._request("PUT", path, body={**job, "status": status})
+
+    async def delete_job(self, job: Object) -> None:
+        """Delete the job if it is still the same one and unchanged; the garbage collector deletes its pods."""
+        metadata = job["metadata"]
+        path = f"{_within(metadata['namespace'], JOBS)}/{metadata['name']}"
+        preconditions = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
+        await self._request("DELETE", path, body={"preconditions": preconditions, "propagationPolicy": "Background"})
 
     async def create_pod(self, pod: Object) -> Object:
         """Create the pod."""

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 
+from diffusion_operator.policies.accounting import worth_a_write
 from diffusion_operator.policies.attempt_ended import attempt_ended
 from diffusion_operator.policies.attempt_runs import attempt_runs
 from diffusion_operator.policies.attempt_starts import attempt_starts
 from diffusion_operator.policies.deletion import is_being_deleted
 from diffusion_operator.policies.finished import stays_finished
+from diffusion_operator.policies.limits import limit_is_reached, seconds_to_next
 from diffusion_operator.policies.managed_by import is_somebody_elses
 from diffusion_operator.policies.preflight import preflight_first
 from diffusion_operator.policies.resources import profile_refuses
 from diffusion_operator.policies.run_policy import backs_off
+from diffusion_operator.policies.stall import hangs
 from diffusion_operator.policies.suspend import is_suspended
+from diffusion_operator.policies.ttl import has_outlived_itself
 from diffusion_operator.policies.validation import is_invalid
 from diffusion_operator.state import Case, Decision, Job, Observed
+from diffusion_operator.status import is_finished
 
 Policy = Callable[[Case], Decision | None]
 
 POLICIES: tuple[Policy, ...] = (  # the first answer wins
     is_somebody_elses,  # another controller's: hands off
+    has_outlived_itself,  # finished for ttlSecondsAfterFinished: the job itself is deleted
     stays_finished,  # Complete and Failed are for ever
     is_being_deleted,  # start nothing; pods go with their owner
     is_invalid,  # Validated=False until the spec changes
     profile_refuses,  # Validated=False until the profile or the spec changes; not after the first attempt
     is_suspended,  # stop after a checkpoint, start nothing
+    limit_is_reached,  # deadlines and GPU-hours: stop after a checkpoint, then Failed
+    hangs,  # no sign of life, and the trainer's own watchdog has not ended it: cause Hang
     attempt_ended,  # evidence -> cause -> complete, fail, go on at once, or back off
     attempt_runs,  # create missing pods, say why they wait or how far they are
     backs_off,  # not yet
     preflight_first,  # before the first attempt: a pod without a GPU looks at everything that the job names
     attempt_starts,  # the number first, then the pods
 )
+
+LIMITED = POLICIES[POLICIES.index(is_suspended) + 1 :]
+"""Those that answer for jobs that are under way, for which deadlines run."""
 
 
 def decide(job: Job, seen: Observed, *, now: datetime, status_seconds: float = 15) -> Decision:
@@ -41,5 +53,25 @@ def decide(job: Job, seen: Observed, *, now: datetime, status_seconds: float = 1
     for policy in POLICIES:
         decision = policy(case)
         if decision is not None:
-            return decision
+            return _rounded_off(decision, case, limited=policy in LIMITED)
     raise AssertionError("the last policy always answers")
+
+
+def _rounded_off(decision: Decision, case: Case, *, limited: bool) -> Decision:
+    """Return the decision with what is common to all: no write for cents alone, and a timer for what comes by time."""
+    status, again = decision.status, decision.again_seconds
+    if status is not None:
+        status = worth_a_write(status, case.status, gpus=status.gpus)
+        if is_finished(status):
+            again = 0  # what follows from the end, its deletion by time among it, is for the next look
+        elif limited:
+            again = _sooner(again, seconds_to_next(replace(case, job=replace(case.job, status=status))))
+    elif limited:
+        again = _sooner(again, seconds_to_next(case))
+    return replace(decision, status=status, again_seconds=again)
+
+
+def _sooner(one: float | None, other: float | None) -> float | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)

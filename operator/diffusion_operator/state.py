@@ -365,7 +365,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is to be done, in this order: write the status, delete pods, create pods."""
+    """What is to be done, in this order: write the status, delete pods, create pods; or delete the job."""
 
     rule: str
     """Name of the policy that decided."""
@@ -377,3 +377,5 @@ class Decision:
     """Look again after so many seconds, even if nothing happens; None waits for the next event."""
     poll: SeenPod | None = None
     """The pod to ask for progress."""
+    delete_job: bool = False
+    """Delete the job itself; its pods go with it."""

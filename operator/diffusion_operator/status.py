@@ -52,6 +52,11 @@ def set_condition(  # noqa: PLR0913 - the fields of a condition
     return status.model_copy(update={"conditions": kept})
 
 
+def is_finished(status: JobStatus) -> bool:
+    """Return whether it says Complete or Failed, which is for ever."""
+    return any(found.type in {"Complete", "Failed"} and found.status == "True" for found in status.conditions)
+
+
 def set_pending(status: JobStatus, *, cause: str, detail: str, hint: str, now: datetime) -> JobStatus:
     """Return the status that says why it waits; `since` stays while the cause does."""
     old = status.pending
@@ -153,10 +158,9 @@ def calm(new: JobStatus, old: JobStatus, *, least_seconds: float) -> JobStatus:
 def _same_news(new: JobStatus, old: JobStatus) -> bool:
     def news(status: JobStatus) -> JobStatus:
         checkpoint = status.checkpoint.model_copy(update={"at_risk_steps": 0}) if status.checkpoint else None
-        attempts = tuple(item.model_copy(update={"reached_step": None}) for item in status.attempts)
-        return status.model_copy(
-            update={"progress": None, "message": "", "checkpoint": checkpoint, "attempts": attempts}
-        )
+        attempts = tuple(item.model_copy(update={"reached_step": None, "gpu_seconds": 0}) for item in status.attempts)
+        changes = {"progress": None, "message": "", "checkpoint": checkpoint, "attempts": attempts, "accounting": None}
+        return status.model_copy(update=changes)
 
     return news(new) == news(old)
 

@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 from diffusion_api import names, status
+from diffusion_api.outcomes import OUTCOMES, Action, Cause
 from diffusion_operator.desired.event import REASONS
 from diffusion_operator.metrics import Metrics as OperatorMetrics
+from diffusion_operator.policies.resources import TOO_LITTLE_MEMORY
+from diffusion_operator.policies.run_policy import EXHAUSTED
 from diffusion_operator.settings import PREFIX, Settings
 from diffusion_trainer.metrics import Metrics as TrainerMetrics
 
@@ -37,6 +40,12 @@ def test_events():
 
 def test_conditions():
     assert first_column("Conditions") == set(status.CONDITIONS)
+
+
+def test_reasons_of_failed():
+    final = {outcome.cause for outcome in OUTCOMES if outcome.action in {Action.FAIL, Action.RETUNE}}
+    reasons = {str(cause) for cause in final | {Cause.HOST_OUT_OF_MEMORY}} | {EXHAUSTED, TOO_LITTLE_MEMORY}
+    assert first_column("Reasons of Failed") == reasons
 
 
 def test_metrics():

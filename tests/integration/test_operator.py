@@ -202,6 +202,16 @@ def test_suspend_and_resume(place: Place, installation: Installation) -> None:
     wait_until(lambda: {"Suspended", "Resumed", "AttemptSuspended"} <= set(user.reasons()), describe="events")
 
 
+def test_a_finished_job_is_deleted_when_its_time_is_over(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    user.create(make_job(runPolicy={"ttlSecondsAfterFinished": 1}))
+    kubelet.run("cats-1-0")
+    kubelet.end("cats-1-0", 0, message=last_word(0))
+    wait_until(lambda: installation.kube.find(JOBS, "cats", namespace=user.namespace) is None, describe="the job to go")
+    deleted = [e for e in installation.audit(user.namespace, verbs=("delete",)) if e["objectRef"]["name"] == "cats"]
+    assert [entry["responseStatus"]["code"] for entry in deleted] == [200]
+
+
 def test_an_invalid_job_says_so_and_asks_for_no_pod(place: Place, installation: Installation) -> None:
     user, _ = place
     user.create(make_job(notifications=[{"on": ["Complete"], "webhookRef": {"name": "hook"}}]))

@@ -96,6 +96,16 @@ class MemoryCluster:
         written: Object = self._write(f"status {job['metadata']['name']}", write)
         return written
 
+    async def delete_job(self, job: Object) -> None:
+        def write() -> None:
+            current, read = self._get(self.jobs, _key(job))["metadata"], job["metadata"]
+            if any(current[key] != read[key] for key in ("uid", "resourceVersion")):
+                raise ConflictError(f"{_key(job)}: not as it was read")
+            del self.jobs[_key(job)]
+            self.version += 1
+
+        self._write(f"delete job {job['metadata']['name']}", write)
+
     async def create_pod(self, pod: Object) -> Object:
         def write() -> Object:
             name = pod["metadata"]["name"]

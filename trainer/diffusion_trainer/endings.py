@@ -59,6 +59,7 @@ def last_word(ending: Ending, board: Board, *, log_lines: Iterable[str]) -> str:
         latest_checkpoint=state.latest_checkpoint,
         best_checkpoint=state.best_checkpoint,
         progress=state.progress,
+        micro_batch_size=state.micro_batch_size,
         output=state.output[:8] if ending.code == ExitCode.DONE else (),
         preflight=state.preflight,
         warnings=state.warnings[-_WARNING_LIMIT:],

@@ -45,6 +45,7 @@ class State:
     output: tuple[OutputFile, ...] = ()
     warnings: tuple[str, ...] = ()
     preflight: PreflightReport | None = None
+    micro_batch_size: int | None = None
 
 
 class Board:
@@ -97,6 +98,7 @@ class Board:
             latest_checkpoint=state.latest_checkpoint,
             best_checkpoint=state.best_checkpoint,
             warnings=state.warnings,
+            idle_seconds=round(max(0.0, self._monotonic() - self.last_beat), 1),
             time=self.now(),
         )
 

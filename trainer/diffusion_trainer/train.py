@@ -189,8 +189,11 @@ def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, desk: Desk, peers: P
     if peers.world_size > 1:
         peers.check_same("start", beginning(run, ready))
     step = found.step if found else 0
-    desk.board.update(stage="Running", detail="", step=step, resumed_from_step=step if found else None)
     total, micro_batch = ready.extent.total_steps, ready.share.micro_batch_size
+    resumed_from = step if found else None
+    desk.board.update(
+        stage="Running", detail="", step=step, resumed_from_step=resumed_from, micro_batch_size=micro_batch
+    )
     LOG.info("from step %d to %d, micro-batch %d on %s", step, total, micro_batch, ready.device.torch)
     return step, curves
 

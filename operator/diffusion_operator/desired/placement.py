@@ -9,6 +9,7 @@ from diffusion_operator.state import Object
 
 UNREACHABLE_SECONDS = 30
 """Kubernetes' own default is 300: five minutes in which a dead node keeps the job from going on."""
+HOSTNAME = "kubernetes.io/hostname"
 _NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
@@ -18,9 +19,14 @@ def node_selector(spec: JobSpec, profile: ProfileSpec) -> dict[str, str]:
     return spec.pod_overrides.node_selector | spot
 
 
-def affinity(spec: JobSpec, profile: ProfileSpec) -> Object:
-    """Return the node affinity: all requirements of the profile and, on demand, no spot node; empty without any."""
+def affinity(spec: JobSpec, profile: ProfileSpec, *, avoided: tuple[str, ...] = ()) -> Object:
+    """Return the node affinity; empty without any.
+
+    All requirements of the profile, none of the avoided nodes and, on demand, no spot node.
+    """
     wanted = [_expression(requirement) for requirement in profile.node_affinity]
+    if avoided:
+        wanted.append({"key": HOSTNAME, "operator": "NotIn", "values": list(avoided)})
     spot = profile.spot.node_selector if profile.spot and spec.resources.capacity == "OnDemand" else {}
     # A spot node has all of the labels. Terms are alternatives: a node that lacks any one of them will do.
     terms = [[*wanted, {"key": key, "operator": "NotIn", "values": [value]}] for key, value in spot.items()]

@@ -30,6 +30,8 @@ class Attempt:
     """Bound on the micro-batch that earlier attempts found."""
     trainer_image: str
     """Image where the profile names none."""
+    avoided_nodes: tuple[str, ...] = ()
+    """Nodes on which an earlier attempt failed."""
 
 
 def run_config(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attempt, rank: int) -> RunConfig:
@@ -78,7 +80,8 @@ def build(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attempt, ra
     }
     optional = {
         "nodeSelector": placement.node_selector(spec, profile),
-        "affinity": placement.affinity(spec, profile) | _apart(job, spec, attempt.number),
+        "affinity": placement.affinity(spec, profile, avoided=attempt.avoided_nodes)
+        | _apart(job, spec, attempt.number),
         "runtimeClassName": profile.runtime_class_name,
         "serviceAccountName": spec.credentials.service_account_name,
         "priorityClassName": overrides.priority_class_name,

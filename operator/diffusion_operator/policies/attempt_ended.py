@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
-from diffusion_api.outcomes import Action
+from diffusion_api.outcomes import OF_CAUSE, Action
 from diffusion_api.run import LastWord
-from diffusion_api.status import MAX_LAST_LINES, Accounting, JobStatus, OutputStatus
+from diffusion_api.status import MAX_LAST_LINES, JobStatus, OutputStatus
 from diffusion_operator import timestamps
+from diffusion_operator.policies.accounting import close_account
 from diffusion_operator.policies.attempt_starts import is_starting, open_next
-from diffusion_operator.policies.evidence import ending_of
+from diffusion_operator.policies.evidence import Ending, ending_of
+from diffusion_operator.policies.faulty_nodes import exclude
 from diffusion_operator.policies.leftovers import leftovers
 from diffusion_operator.policies.run_policy import Verdict, describe_wait, judge
 from diffusion_operator.policies.validation import accepted
@@ -36,11 +39,15 @@ def attempt_ended(case: Case) -> Decision | None:
         done = all(pod.completed for pod in pods if pod not in running)
         stopping = () if done else tuple(pod for pod in running if not pod.deleting)
         return Decision(rule="attemptEnded", delete=stopping, again_seconds=seconds_to_stuck(running, case))
-    status, verdict = close(case)
+    return follow(case, *close(case), rule="attemptEnded")
+
+
+def follow(case: Case, status: JobStatus, verdict: Verdict, *, rule: str) -> Decision:
+    """Return what follows from a closed attempt."""
     if verdict.action == Action.RESUME:
-        return open_next(case, status, rule="attemptEnded")
+        return open_next(case, status, rule=rule)
     status = back_off(case, status, verdict) if verdict.action == Action.BACK_OFF else finish(case, status, verdict)
-    return Decision(rule="attemptEnded", status=status, delete=leftovers(case), again_seconds=verdict.wait_seconds)
+    return Decision(rule=rule, status=status, delete=leftovers(case), again_seconds=verdict.wait_seconds)
 
 
 def seconds_to_stuck(pods: tuple[SeenPod, ...], case: Case) -> float | None:
@@ -50,20 +57,25 @@ def seconds_to_stuck(pods: tuple[SeenPod, ...], case: Case) -> float | None:
     return max(1.0, max(left) + 31) if left else None
 
 
-def close(case: Case) -> tuple[JobStatus, Verdict]:
-    """Return the status with the attempt closed, and what follows from its end."""
+def close(case: Case, *, stopped_for: Ending | None = None) -> tuple[JobStatus, Verdict]:
+    """Return the status with the attempt closed, and what follows from its end.
+
+    `stopped_for` is why the operator stopped it, if it did; what is final about its own end goes before.
+    """
     attempt = case.status.attempts[0]
     pods = case.pods_of(attempt.number)
     condition = case.job.condition("Suspended")
     stopped = case.spec.suspend or (condition is not None and condition.reason == SUSPENDING)
     ending = ending_of(pods, stopped=stopped, now=case.now)
+    if stopped_for is not None and OF_CAUSE[ending.cause].action not in {Action.SUCCEED, Action.FAIL}:
+        ending = replace(ending, cause=stopped_for.cause, message=stopped_for.message)
     status = accepted(case)
     # Of steps and checkpoints rank 0 knows most, so it has the last word.
     for report in (case.seen.heard.report, *(pod.last_word for pod in reversed(pods))):
         if report is not None:
             status = take_report(status, report)
     verdict = judge(status, case.spec, ending)
-    status = _account(case, status, pods)
+    status = close_account(case, status, completed=verdict.action == Action.SUCCEED)
     status = edit_attempt(
         status,
         ended_at=timestamps.to_text(case.now),
@@ -73,7 +85,9 @@ def close(case: Case) -> tuple[JobStatus, Verdict]:
         last_lines=ending.word.last_lines[-MAX_LAST_LINES:] if ending.word else "",
         nodes=nodes_of(pods) or attempt.nodes,
     )
-    status = count(status, **verdict.counted)
+    status = exclude(case, count(status, **verdict.counted), verdict.cause)
+    if verdict.micro_batch_size is not None:
+        status = status.model_copy(update={"micro_batch_size": verdict.micro_batch_size})
     status = _say(status, case, "PodsReady", "AttemptEnded", f"attempt {attempt.number} has ended: {verdict.cause}")
     return status, verdict
 
@@ -117,44 +131,6 @@ def back_off(case: Case, status: JobStatus, verdict: Verdict) -> JobStatus:
 def nodes_of(pods: tuple[SeenPod, ...]) -> tuple[str, ...]:
     """Return the nodes of pods, in the order of the pods, which is that of the ranks."""
     return tuple(pod.node for pod in pods if pod.node)
-
-
-def _account(case: Case, status: JobStatus, pods: tuple[SeenPod, ...]) -> JobStatus:
-    """Return the status with the GPU time of the ended attempt: from when its nodes took it up until its end."""
-    starts = [pod.started_at for pod in pods if pod.started_at]
-    ends = [str(pod.terminated["finishedAt"]) for pod in pods if pod.terminated.get("finishedAt")]
-    held = 0.0
-    if starts:
-        end = max(map(timestamps.from_text, ends)) if ends else case.now
-        held = max(0.0, (end - min(map(timestamps.from_text, starts))).total_seconds()) * case.gpus
-    old = status.accounting or Accounting()
-    total = old.gpu_seconds + held
-    accounting = old.model_copy(
-        update={
-            "gpu_seconds": round(total, 1),
-            "lost_gpu_seconds": round(old.lost_gpu_seconds + held * _lost_share(status), 1),
-            "estimated_cost": _cost(case, total),
-        }
-    )
-    return status.model_copy(update={"accounting": accounting})
-
-
-def _lost_share(status: JobStatus) -> float:
-    """Return the share of the attempt's steps that no checkpoint holds, 0 where it is not known."""
-    attempt, checkpoint = status.attempts[0], status.checkpoint
-    if attempt.reached_step is None or attempt.resumed_from_step is None:
-        return 0
-    done = attempt.reached_step - attempt.resumed_from_step
-    saved = checkpoint.latest.step if checkpoint and checkpoint.latest else 0
-    return min(1.0, max(0, attempt.reached_step - saved) / done) if done > 0 else 0
-
-
-def _cost(case: Case, gpu_seconds: float) -> str | None:
-    price = case.snapshot.price if case.snapshot else None
-    if price is None:
-        return None
-    hourly = price.spot if case.spec.resources.capacity == "Spot" else price.on_demand
-    return None if hourly is None else f"{gpu_seconds / 3600 * hourly:.2f} {price.currency}"
 
 
 def _word(case: Case) -> LastWord | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from diffusion_api.status import MAX_ATTEMPTS, Attempt, JobStatus
 from diffusion_operator import timestamps
 from diffusion_operator.desired import pod, service
+from diffusion_operator.policies.faulty_nodes import avoided
 from diffusion_operator.policies.leftovers import leftovers
-from diffusion_operator.policies.run_policy import micro_batch_bound
 from diffusion_operator.policies.validation import accepted
 from diffusion_operator.state import Case, Decision, Object
 from diffusion_operator.status import add_attempt, count, set_condition
@@ -76,8 +76,9 @@ def pods(case: Case, status: JobStatus) -> tuple[Object, ...]:
     """Return the manifests of all pods of the newest attempt: a function of job, status and profile alone."""
     attempt = pod.Attempt(
         number=status.attempt,
-        micro_batch_size=micro_batch_bound(case.spec, retunes=status.counters.out_of_memory_retunes),
+        micro_batch_size=status.micro_batch_size,
         trainer_image=case.seen.trainer_image,
+        avoided_nodes=avoided(status, status.attempts[0]),
     )
     ranks = range(case.spec.resources.nodes)
     profile = case.profile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from diffusion_api.job import JobSpec
@@ -18,11 +18,13 @@ from diffusion_api.status import Attempt, JobStatus
 from diffusion_operator import timestamps
 from diffusion_operator.policies.evidence import Ending
 from diffusion_operator.state import Case, Decision
-from diffusion_operator.status import duration
+from diffusion_operator.status import count, duration
 
 FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
 EXHAUSTED = "BackoffLimitExceeded"
+STREAKS = ("infrastructure", "failures_since_checkpoint")
+"""Counters that a new checkpoint sets back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +40,24 @@ class Verdict:
     counted: dict[str, int] = field(default_factory=dict)
     """Increments of counters."""
     wait_seconds: float = 0
+    micro_batch_size: int | None = None
+    """Bound for the attempts to come; None leaves it as it is."""
 
 
 def judge(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
-    """Return the verdict. `status` has heard the attempt's last word; its newest attempt is the one that ended."""
+    """Return the verdict. `status` has heard the attempt's last word; its newest attempt is the one that ended.
+
+    A new checkpoint shows that the job gets on: streaks of failures begin anew, whatever ended the attempt.
+    """
+    if not saved_something(status):
+        return _judge(status, spec, ending)
+    gone = {name: getattr(status.counters, name) for name in STREAKS}
+    verdict = _judge(count(status, **{name: -number for name, number in gone.items()}), spec, ending)
+    counted = {name: verdict.counted.get(name, 0) - gone.get(name, 0) for name in (*verdict.counted, *gone)}
+    return replace(verdict, counted={name: number for name, number in counted.items() if number})
+
+
+def _judge(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
     action = OF_CAUSE[ending.cause].action
     if action == Action.RESUME:
         counted = {"preemptions": 1} if ending.cause != Cause.SUSPENDED else {}
@@ -57,9 +73,8 @@ def judge(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
 
 
 def _infrastructure(status: JobStatus, ending: Ending) -> Verdict:
-    streak = 1 if saved_something(status) else status.counters.infrastructure + 1
-    # The counter is a streak: a checkpoint in between shows that the infrastructure works again.
-    counted = {"infrastructure": streak - status.counters.infrastructure}
+    streak = status.counters.infrastructure + 1
+    counted = {"infrastructure": 1}
     if streak > INFRASTRUCTURE_BUDGET:
         message = f"{streak} times in a row without a new checkpoint: {ending.message}"
         return _verdict(Action.FAIL, ending, reason=EXHAUSTED, message=message, counted=counted)
@@ -67,8 +82,8 @@ def _infrastructure(status: JobStatus, ending: Ending) -> Verdict:
 
 
 def _retry(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
-    failures = status.counters.failures + 1
-    counted = {"failures": 1}
+    streak = status.counters.failures_since_checkpoint + 1
+    counted = {"failures": 1, "failures_since_checkpoint": 1}
     if ending.cause == Cause.CRASH and _same_as_before(status, ending):
         step = status.attempts[0].reached_step
         message = f"{OF_CAUSE[Cause.REPEATED_CRASH].explanation} (step {step}): {ending.message}"
@@ -78,33 +93,29 @@ def _retry(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
         before = sum(attempt.cause == Cause.HOST_OUT_OF_MEMORY for attempt in status.attempts[1:])
         if before >= HOST_OUT_OF_MEMORY_BUDGET:
             return _verdict(Action.FAIL, ending, counted=counted)
-    if failures > spec.run_policy.backoff_limit:
-        message = f"{failures} failures, spec.runPolicy.backoffLimit is {spec.run_policy.backoff_limit}; the last one: "
+    limit = spec.run_policy.backoff_limit
+    if streak > limit:
+        message = f"{streak} failures without a new checkpoint, spec.runPolicy.backoffLimit is {limit}; the last one: "
         return _verdict(Action.FAIL, ending, reason=EXHAUSTED, message=message + ending.message, counted=counted)
-    return _verdict(Action.BACK_OFF, ending, counted=counted, wait_seconds=backoff_seconds(failures))
+    return _verdict(Action.BACK_OFF, ending, counted=counted, wait_seconds=backoff_seconds(streak))
 
 
 def _retune(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
-    retunes = status.counters.out_of_memory_retunes
-    smallest = micro_batch_bound(spec, retunes=retunes)
-    if retunes >= RETUNE_BUDGET or smallest == 1 or _widest_micro_batch(spec) == 1:
-        message = f"{ending.message} (micro-batch at most {smallest or 1}): {OF_CAUSE[ending.cause].remedy}"
+    tried = _tried_micro_batch(status, spec, ending)
+    if status.counters.out_of_memory_retunes >= RETUNE_BUDGET or tried == 1:
+        message = f"{ending.message} (micro-batch at most {tried}): {OF_CAUSE[ending.cause].remedy}"
         return _verdict(Action.FAIL, ending, message=message)
-    return _verdict(Action.RESUME, ending, counted={"out_of_memory_retunes": 1})
+    verdict = _verdict(Action.RESUME, ending, counted={"out_of_memory_retunes": 1})
+    return replace(verdict, micro_batch_size=tried // 2)
 
 
-def micro_batch_bound(spec: JobSpec, *, retunes: int) -> int | None:
-    """Return the bound on the micro-batch after so many halvings; None before the first one."""
-    return max(1, _widest_micro_batch(spec) >> retunes) if retunes else None
-
-
-def _widest_micro_batch(spec: JobSpec) -> int:
-    """Return the user's micro-batch or, where it is Auto, the share of one process in the batch."""
+def _tried_micro_batch(status: JobStatus, spec: JobSpec, ending: Ending) -> int:
+    """Return the micro-batch that did not fit: what the trainer says, else the most that it may have tried."""
     given = spec.training.micro_batch_size
-    if isinstance(given, int):
-        return given
     processes = spec.resources.nodes * spec.resources.gpus_per_node
-    return -(-spec.batch_size // processes)
+    widest = given if isinstance(given, int) else -(-spec.batch_size // processes)
+    said = ending.word.micro_batch_size if ending.word else None
+    return min(size for size in (widest, status.micro_batch_size, said) if size is not None)
 
 
 def backoff_seconds(times: int) -> float:

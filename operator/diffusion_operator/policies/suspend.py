@@ -45,7 +45,8 @@ def is_suspended(case: Case) -> Decision | None:
 
 
 def _suspended(case: Case, status: JobStatus) -> Decision:
-    status = status.model_copy(update={"phase": "Suspended", "message": MESSAGE, "next_attempt_at": None})
+    changes = {"phase": "Suspended", "message": MESSAGE, "next_attempt_at": None, "start_time": None}
+    status = status.model_copy(update=changes)
     said: dict[str, Value] = {"Suspended": "True", "Progressing": "False"}
     for kind, value in said.items():
         status = set_condition(

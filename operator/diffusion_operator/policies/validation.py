@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from diffusion_api.status import JobStatus
+from diffusion_operator import timestamps
+from diffusion_operator.policies.accounting import account
 from diffusion_operator.state import Case, Decision
 from diffusion_operator.status import set_condition, set_pending, short
 
@@ -36,9 +38,17 @@ def refused(case: Case, *, reason: str, problems: tuple[str, ...], hint: str, re
 
 def accepted(case: Case) -> JobStatus:
     """Return the status of a job that passed validation: the base of every later policy's answer."""
+    start = case.status.start_time or (None if case.spec.suspend else timestamps.to_text(case.now))
     status = case.status.model_copy(
-        update={"observed_generation": case.job.generation, "gpus": case.gpus, "pending": None, "message": ""}
+        update={
+            "observed_generation": case.job.generation,
+            "gpus": case.gpus,
+            "pending": None,
+            "message": "",
+            "start_time": start,
+        }
     )
+    status = account(case, status)
     return set_condition(
         status,
         "Validated",

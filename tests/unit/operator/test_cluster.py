@@ -135,6 +135,16 @@ async def test_exactly_the_known_pod_is_deleted_with_its_own_grace() -> None:
     assert body == {"preconditions": {"uid": "0d9c3a52-pod-1-0"}}
 
 
+async def test_a_job_is_deleted_as_it_was_read_and_its_pods_in_the_background() -> None:
+    recorder = Recorder()
+    async with api_server(recorder) as (cluster, _):
+        await cluster.delete_job(make_job())
+    ((method, path, body),) = recorder.asked
+    assert (method, path.split("/")[-3:]) == ("DELETE", ["team-a", "diffusiontrainingjobs", "cats"])
+    assert body["preconditions"] == {"uid": make_job()["metadata"]["uid"], "resourceVersion": "1"}
+    assert body["propagationPolicy"] == "Background"
+
+
 async def test_long_lists_come_in_pages_and_short_ones_of_each_namespace() -> None:
     first = {"metadata": {"resourceVersion": "9", "continue": "more"}, "items": [{"n": 1}]}
     rest = {"metadata": {"resourceVersion": "9"}, "items": [{"n": 2}]}

@@ -9,8 +9,9 @@ from diffusion_api.outcomes import INFRASTRUCTURE_BUDGET, RETUNE_BUDGET, Action,
 from diffusion_api.run import LastWord
 from diffusion_api.status import Attempt, CheckpointStatus, Counters, JobStatus
 from diffusion_operator.policies.evidence import Ending
-from diffusion_operator.policies.run_policy import Verdict, backoff_seconds, judge, micro_batch_bound
+from diffusion_operator.policies.run_policy import Verdict, backoff_seconds, judge
 from diffusion_operator.state import Job
+from diffusion_operator.status import count
 from testkit.builders import at, make_checkpoint, make_job
 
 
@@ -36,8 +37,9 @@ def ending(cause: Cause, *, step: int | None = None, exit_code: int = 1) -> Endi
 
 def test_failures_are_counted_until_the_limit() -> None:
     first = judge(status(), spec(runPolicy={"backoffLimit": 1}), ending(Cause.CRASH))
-    assert (first.action, first.counted, first.wait_seconds) == (Action.BACK_OFF, {"failures": 1}, 10)
-    one = status(counters=Counters(failures=1))
+    counted = {"failures": 1, "failures_since_checkpoint": 1}
+    assert (first.action, first.counted, first.wait_seconds) == (Action.BACK_OFF, counted, 10)
+    one = status(counters=Counters(failures=1, failures_since_checkpoint=1))
     last = judge(one, spec(runPolicy={"backoffLimit": 1}), ending(Cause.CRASH))
     assert (last.action, last.reason) == (Action.FAIL, "BackoffLimitExceeded")
     assert "backoffLimit is 1" in last.message
@@ -106,31 +108,77 @@ class TestInfrastructure:
         assert verdict.counted["infrastructure"] == (1 - INFRASTRUCTURE_BUDGET if saved else 1)
 
 
+class TestProgressGivesTheBudgetBack:
+    """reference: budgets are reset when an attempt has committed a new checkpoint; what happened stays visible."""
+
+    @staticmethod
+    def spent(*, saved: bool) -> JobStatus:
+        counters = Counters(failures=7, failures_since_checkpoint=3, infrastructure=4)
+        checkpoint = CheckpointStatus(latest=make_checkpoint(700 if saved else 600))
+        return status(counters=counters, resumed_from_step=600).model_copy(update={"checkpoint": checkpoint})
+
+    def test_of_failures(self) -> None:
+        policy = spec(runPolicy={"backoffLimit": 3})
+        assert judge(self.spent(saved=False), policy, ending(Cause.CRASH)).action == Action.FAIL
+        verdict = judge(self.spent(saved=True), policy, ending(Cause.CRASH))
+        assert (verdict.action, verdict.wait_seconds) == (Action.BACK_OFF, 10)
+        after = count(self.spent(saved=True), **verdict.counted).counters
+        assert (after.failures, after.failures_since_checkpoint, after.infrastructure) == (8, 1, 0)
+
+    @pytest.mark.parametrize(("saved", "left"), [(True, (0, 0)), (False, (3, 4))])
+    def test_by_an_attempt_that_ended_for_another_reason(self, saved: bool, left: tuple[int, int]) -> None:
+        before = self.spent(saved=saved)
+        after = count(before, **judge(before, spec(), ending(Cause.PREEMPTED)).counted).counters
+        assert (after.failures_since_checkpoint, after.infrastructure) == left
+        assert (after.failures, after.preemptions) == (7, 1)
+
+
 class TestRetune:
     def test_it_is_immediate_and_not_a_failure(self) -> None:
         verdict = judge(status(), spec(runPolicy={"backoffLimit": 0}), ending(Cause.CUDA_OUT_OF_MEMORY))
         assert (verdict.action, verdict.counted) == (Action.RESUME, {"out_of_memory_retunes": 1})
 
     @pytest.mark.parametrize(
-        ("training", "bounds"),
+        ("training", "resources", "bounds"),
         [
-            ({"batchSize": 16, "microBatchSize": 8}, [None, 4, 2, 1, 1]),
-            ({"batchSize": 16}, [None, 8, 4, 2, 1]),
-            ({"batchSize": 6, "microBatchSize": 6}, [None, 3, 1, 1, 1]),
+            ({"batchSize": 16, "microBatchSize": 8}, {}, [4, 2, 1]),
+            ({"batchSize": 16}, {}, [8, 4, 2, 1]),
+            ({"batchSize": 6, "microBatchSize": 6}, {}, [3, 1]),
+            ({"batchSize": 16}, {"nodes": 2, "gpusPerNode": 2}, [2, 1]),
         ],
     )
-    def test_each_halves_the_bound(self, training: dict[str, int], bounds: list[int | None]) -> None:
-        asked = spec(training=training)
-        assert [micro_batch_bound(asked, retunes=n) for n in range(5)] == bounds
+    def test_each_halves_the_bound(
+        self, training: dict[str, int], resources: dict[str, int], bounds: list[int]
+    ) -> None:
+        asked, found = spec(training=training, resources=resources), []
+        now = status()
+        while (verdict := judge(now, asked, ending(Cause.CUDA_OUT_OF_MEMORY))).action == Action.RESUME:
+            found.append(verdict.micro_batch_size)
+            now = now.model_copy(update={"micro_batch_size": verdict.micro_batch_size})
+        assert found == bounds
 
     @pytest.mark.parametrize(
-        ("training", "retunes"),
-        [({"batchSize": 1}, 0), ({"batchSize": 8, "microBatchSize": 8}, 3), ({"batchSize": 4096}, RETUNE_BUDGET)],
+        ("said", "known", "bound"), [(6, None, 3), (6, 4, 2), (2, 4, 1), (None, 4, 2), (64, None, 8)]
+    )
+    def test_the_trainers_own_word_counts(self, said: int | None, known: int | None, bound: int) -> None:
+        """Where Auto had found 6 to fit, half of the batch of 16 would be more than what has just failed."""
+        word = LastWord(attempt=1, exit_code=80, message="m", micro_batch_size=said)
+        out = Ending(cause=Cause.CUDA_OUT_OF_MEMORY, message="m", exit_code=80, word=word)
+        before = status().model_copy(update={"micro_batch_size": known})
+        assert judge(before, spec(training={"batchSize": 16}), out).micro_batch_size == bound
+
+    @pytest.mark.parametrize(
+        ("training", "retunes", "known"),
+        [
+            ({"batchSize": 1}, 0, None),
+            ({"batchSize": 8, "microBatchSize": 8}, 3, 1),
+            ({"batchSize": 4096}, RETUNE_BUDGET, 256),
+        ],
     )
     def test_at_the_smallest_or_out_of_budget_it_fails_with_a_remedy(
-        self, training: dict[str, int], retunes: int
+        self, training: dict[str, int], retunes: int, known: int | None
     ) -> None:
-        before = status(counters=Counters(out_of_memory_retunes=retunes))
+        before = status(counters=Counters(out_of_memory_retunes=retunes)).model_copy(update={"micro_batch_size": known})
         verdict = judge(before, spec(training=training), ending(Cause.CUDA_OUT_OF_MEMORY))
         assert (verdict.action, verdict.reason) == (Action.FAIL, "CudaOutOfMemory")
         assert "lower dataset.resolution" in verdict.message

@@ -96,6 +96,16 @@ def test_warnings_are_bounded_and_said_once():
     assert len(board.report().detail) == 256
 
 
+def test_a_report_says_for_how_long_there_was_no_sign_of_life():
+    now = 100.0
+    board = Board(attempt=1, monotonic=lambda: now)
+    now = 160.0
+    board.warn("no sign of life")
+    assert board.report().idle_seconds == 60
+    board.update()
+    assert board.report().idle_seconds == 0
+
+
 def test_updates_of_several_threads_are_not_lost():
     board = Board(attempt=1)
     threads = [threading.Thread(target=lambda n=n: board.warn(f"from {n}")) for n in range(8)]

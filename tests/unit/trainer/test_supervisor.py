@@ -250,6 +250,8 @@ def test_output_is_named_by_a_run_that_is_done_only():
     board = Board(attempt=1)
     board.update(output=(OutputFile(name="a", sha256="b", bytes=1),))
     assert json.loads(last_word(ending_of(None), board, log_lines=()))["output"]
+    board.update(micro_batch_size=6)
+    assert json.loads(last_word(ending_of(None), board, log_lines=()))["microBatchSize"] == 6
     assert json.loads(last_word(ending_of(Yielded()), board, log_lines=()))["output"] == []
 
 
