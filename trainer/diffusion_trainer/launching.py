@@ -83,7 +83,10 @@ def launch(run: RunConfig, settings: Settings, *, entry: Entry, board: Board, st
 
     Each process watches itself for hangs; here is no more to do than to pass a stop on.
     """
-    (settings.work / _WORDS).mkdir(parents=True, exist_ok=True)
+    folder = settings.work / _WORDS
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.iterdir():  # by an earlier attempt, where it had the same disk
+        left.unlink()
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // run.processes_per_node)))
     if run.nodes == 1:
@@ -138,7 +141,6 @@ def adopt(board: Board, words: Mapping[int, LastWord]) -> None:
         latest_checkpoint=first.latest_checkpoint,
         best_checkpoint=first.best_checkpoint,
         output=first.output,
-        micro_batch_size=first.micro_batch_size,
     )
     for word in words.values():
         for warning in word.warnings:

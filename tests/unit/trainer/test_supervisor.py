@@ -57,6 +57,7 @@ def test_everything_can_be_set():
         ("DIFFUSION_LOADER_WORKERS", "-1"),
         ("DIFFUSION_FAILPOINT", "step:3:explode"),
         ("DIFFUSION_FAILPOINT", "moon:3:kill"),
+        ("DIFFUSION_FAILPOINT", "step:3:kill:last"),
         ("DIFFUSION_FAILPOINT", "step"),
     ],
 )
@@ -72,6 +73,12 @@ def test_a_failpoint_hits_its_point_only(monkeypatch):
         Failpoint("step", 3).hit(point, number)
         Failpoint("", -1).hit(point, number)
     assert killed == [(os.getpid(), signal.SIGKILL)]
+
+
+def test_a_failpoint_is_of_one_process():
+    failpoint = read_settings({"DIFFUSION_FAILPOINT": "step:3:kill:2"}).failpoint
+    assert failpoint == Failpoint("step", 3, rank=2)
+    assert [failpoint.of(rank).number for rank in range(4)] == [-1, -1, 3, -1]
 
 
 def test_scratch_space_lies_below_the_work_folder(tmp_path, monkeypatch):

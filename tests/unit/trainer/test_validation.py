@@ -92,5 +92,25 @@ def test_batches_have_one_size_and_no_gradients():
     assert seen == {(5, 4, 8, 6), (5, 4, 6, 8)}
 
 
+@pytest.mark.parametrize("processes", [2, 3, 20])
+def test_several_processes_find_what_one_finds(processes):
+    """Bit for bit; the last of 20 has nothing to do."""
+    pool = []
+
+    def gather(losses):
+        pool.extend(losses)
+        return pool if len(pool) == 7 * BINS else []
+
+    found = [
+        validate(
+            lock(), FakeCache(), loss, seed=1, batch_size=4, device="cpu",
+            part=slice(rank, None, processes), gather=gather,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    assert next(one for one in found if one is not None) == result()
+    assert found[0] is None
+
+
 def test_without_a_held_out_split_there_is_no_result():
     assert result(lock(0)) is None
