@@ -17,7 +17,7 @@ from diffusion_operator.desired import event
 from diffusion_operator.errors import ConflictError, ExistsError, NotFoundError, RefusedError
 from diffusion_operator.knowledge import Knowledge
 from diffusion_operator.policies.waiting.refused import why_refused
-from diffusion_operator.state import Decision, Job, Object, Refusal
+from diffusion_operator.state import Decision, Job, Object, Refusal, SeenPod
 from diffusion_operator.status import to_object
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,7 @@ async def apply(decision: Decision, job: Job, *, knowledge: Knowledge, cluster: 
             knowledge.jobs.put(await cluster.write_status(job.raw, status))
             written = True
     for pod in decision.delete:
-        try:
-            await cluster.delete_pod(pod.raw)
-        except (NotFoundError, ConflictError):
-            # Gone already, or another pod has its name by now; the watch has not said so yet.
-            knowledge.pods.remove(pod.raw)
+        await _delete(pod, knowledge=knowledge, cluster=cluster)
     if decision.delete_job:
         await cluster.delete_job(job.raw)
     for manifest in decision.create:
@@ -66,6 +62,23 @@ async def tell(job: Job, *, now: datetime, knowledge: Knowledge, cluster: Cluste
             # News is worth a line in the log, but not that the job waits for it.
             logger.warning("job %s/%s: event %s: %s", job.namespace, job.name, notice.reason, error)
         told.add(name)
+
+
+async def _delete(pod: SeenPod, *, knowledge: Knowledge, cluster: Cluster) -> None:
+    """Ask for the pod's deletion. One that is gone, or whose name another has by now, is forgotten before the watch."""
+    metadata = pod.raw["metadata"]
+    try:
+        await cluster.delete_pod(pod.raw)
+    except NotFoundError:
+        knowledge.pods.remove(pod.raw)
+    except ConflictError:
+        try:
+            present = (await cluster.get_pod(metadata["namespace"], metadata["name"]))["metadata"]["uid"]
+        except NotFoundError:
+            present = ""
+        if present == metadata["uid"]:
+            raise  # it may well run: nothing must be started beside it
+        knowledge.pods.remove(pod.raw)
 
 
 async def _create(manifest: Object, job: Job, *, knowledge: Knowledge, cluster: Cluster) -> None:

@@ -141,6 +141,7 @@ def adopt(board: Board, words: Mapping[int, LastWord]) -> None:
         latest_checkpoint=first.latest_checkpoint,
         best_checkpoint=first.best_checkpoint,
         output=first.output,
+        micro_batch_size=first.micro_batch_size,
     )
     for word in words.values():
         for warning in word.warnings:

@@ -38,7 +38,11 @@ def attempt_ended(case: Case) -> Decision | None:
         # are about to end by themselves.
         done = all(pod.completed for pod in pods if pod not in running)
         stopping = () if done else tuple(pod for pod in running if not pod.deleting)
-        return Decision(rule="attemptEnded", delete=stopping, again_seconds=seconds_to_stuck(running, case))
+        status = None
+        if stopping and is_starting(case):  # no longer: pods that go now are not to be created again
+            status = _say(case.status, case, "PodsReady", "Stopping", f"a pod of attempt {attempt.number} has ended")
+        again = seconds_to_stuck(running, case)
+        return Decision(rule="attemptEnded", status=status, delete=stopping, again_seconds=again)
     return follow(case, *close(case), rule="attemptEnded")
 
 

@@ -26,15 +26,11 @@ def is_suspended(case: Case) -> Decision | None:
     if running:
         message = f"attempt {attempt.number} saves and stops because spec.suspend is true"
         status = accepted(case).model_copy(update={"phase": "Interrupted", "message": message})
-        status = set_condition(
-            status,
-            "Suspended",
-            "False",
-            reason=SUSPENDING,
-            message=message,
-            generation=case.job.generation,
-            now=case.now,
-        )
+        # No longer starting: pods that go now are not to be created again.
+        for kind, reason in {"Suspended": SUSPENDING, "PodsReady": "Stopping"}.items():
+            status = set_condition(
+                status, kind, "False", reason=reason, message=message, generation=case.job.generation, now=case.now
+            )
         again = attempt_ended.seconds_to_stuck(running, case)
         stopping = tuple(pod for pod in running if not pod.deleting)
         return Decision(rule="suspend", status=status, delete=stopping, again_seconds=again)

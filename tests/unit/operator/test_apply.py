@@ -151,3 +151,20 @@ class TestEvents:
         cluster.errors = [RefusedError("events is forbidden")]
         assert self.tell(cluster, knowledge) == ["AttemptStarted"]
         assert "events is forbidden" in caplog.text
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_conflict_at_a_deletion_means_another_pod_only_where_there_is_one(gone: bool) -> None:
+    """Found by the world model with two nodes: the next attempt began beside a pod that still ran."""
+    cluster = MemoryCluster()
+    job, decision, knowledge = begin(cluster)
+    run(decision, job, knowledge=knowledge, cluster=cluster)
+    (pod,) = knowledge.pods.of_job(job.uid)
+    cluster.errors = [ConflictError("409")]
+    if gone:
+        cluster.pods["team-a", "cats-1-0"]["metadata"]["uid"] = "another"
+        run(Decision(rule="x", delete=(pod,)), job, knowledge=knowledge, cluster=cluster)
+    else:
+        with pytest.raises(ConflictError):
+            run(Decision(rule="x", delete=(pod,)), job, knowledge=knowledge, cluster=cluster)
+    assert [found.gone for found in knowledge.pods.of_job(job.uid)] == [gone]

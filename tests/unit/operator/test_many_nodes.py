@@ -242,6 +242,23 @@ def test_one_ended_pod_ends_the_attempt_and_the_next_one_starts_as_a_whole() -> 
     assert [item["metadata"]["name"] for item in decision.create] == ["cats", "cats-2-0", "cats-2-1"]
 
 
+@pytest.mark.parametrize("how", ["suspended", "one ended"])
+def test_a_pod_that_goes_while_the_attempt_is_stopped_is_not_created_again(how: str) -> None:
+    """It had no node, so its deletion leaves nothing behind; an operator that starts anew must not miss it."""
+    job = started()
+    if how == "suspended":
+        job["spec"]["suspend"] = True
+        first = seen(job, 0)
+    else:
+        first = seen(job, 0, **killed(1))
+    decision = ask(job, first, SeenPod(make_pod(job, rank=1)))
+    assert "cats-1-1" in {pod.name for pod in decision.delete}
+    assert decision.status is not None
+    job = {**job, "status": to_object(decision.status)}
+    job["spec"]["suspend"] = False
+    assert not {"cats-1-0", "cats-1-1"} & {item["metadata"]["name"] for item in ask(job, first).create}
+
+
 def test_a_pod_that_is_done_waits_for_the_others() -> None:
     """They are writing their last words; to stop them would cost another attempt."""
     job = running(started())
