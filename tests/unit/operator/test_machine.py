@@ -44,13 +44,14 @@ class World(RuleBasedStateMachine):
     """One job, an operator that may die at any write, and everything else."""
 
     preflight = False
+    nodes = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.now: datetime = NOW
         self.cluster = MemoryCluster()
         self.cluster.add_profile(make_profile())
-        self.cluster.add_job(make_job(runPolicy={"backoffLimit": 3}))
+        self.cluster.add_job(make_job(runPolicy={"backoffLimit": 3}, resources={"nodes": self.nodes}))
         self.excused: set[str] = set()
         self.final: Object | None = None
         self.attempts_seen = 0
@@ -242,6 +243,12 @@ class World(RuleBasedStateMachine):
             self.end(name, 0)
 
 
+class TwoNodesWorld(World):
+    """The same with two pods, which start and end together."""
+
+    nodes = 2
+
+
 class PreflightWorld(World):
     """The same with a preflight before the first attempt."""
 
@@ -262,6 +269,10 @@ class PreflightWorld(World):
 TestPreflightWorld = PreflightWorld.TestCase
 TestPreflightWorld.settings = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestTwoNodesWorld = TwoNodesWorld.TestCase
+TestTwoNodesWorld.settings = settings(
+    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestWorld = World.TestCase
 TestWorld.settings = settings(
