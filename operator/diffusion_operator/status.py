@@ -112,12 +112,21 @@ def _checkpoint(
     return CheckpointStatus(latest=latest, best=best, at_risk_steps=max(0, progress.step - saved) if progress else 0)
 
 
+_ROUNDED = ("samples_per_second", "loss", "validation_loss", "learning_rate")
+
+
 def shown(progress: Progress) -> Progress:
-    """Return the progress with the strings that kubectl shows, computed here so that every trainer's look alike."""
+    """Return the progress as kubectl shows it: with strings, and numbers without digits that nobody reads.
+
+    Exact values are in metrics.jsonl and in the trainer's metrics.
+    """
     percentage = min(100, progress.step * 100 // progress.total_steps) if progress.total_steps > 0 else 0
     seconds = progress.estimated_remaining_seconds
     remaining = duration(seconds) if seconds is not None else ""
-    return progress.model_copy(update={"percentage": percentage, "done": f"{percentage}%", "remaining": remaining})
+    numbers = {name: getattr(progress, name) for name in _ROUNDED}
+    rounded = {name: value if value is None else float(f"{value:.4g}") for name, value in numbers.items()}
+    words = {"percentage": percentage, "done": f"{percentage}%", "remaining": remaining}
+    return progress.model_copy(update=rounded | words)
 
 
 def duration(seconds: float) -> str:

@@ -127,3 +127,9 @@ class TestSize:
             status = add_attempt(status, Attempt(number=number, started_at=at()), keep=MAX_ATTEMPTS)
         assert [attempt.number for attempt in status.attempts] == list(range(13, 3, -1))
         assert status.attempt == 13
+
+
+def test_numbers_for_people_have_four_digits() -> None:
+    exact = make_progress(1).model_copy(update={"loss": 0.8398071527481079, "validation_loss": None})
+    seen = shown(exact)
+    assert (seen.loss, seen.validation_loss) == (0.8398, None)
