@@ -7,12 +7,13 @@ the real writer, on a cluster in memory.
 import asyncio
 import copy
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from diffusion_operator import timestamps
 from diffusion_operator.errors import ClusterError, ConflictError, UnavailableError
 from diffusion_operator.knowledge import Knowledge
 from diffusion_operator.metrics import Metrics
@@ -45,13 +46,14 @@ class World(RuleBasedStateMachine):
 
     preflight = False
     nodes = 1
+    policy: ClassVar[Object] = {"backoffLimit": 3}
 
     def __init__(self) -> None:
         super().__init__()
         self.now: datetime = NOW
         self.cluster = MemoryCluster()
         self.cluster.add_profile(make_profile())
-        self.cluster.add_job(make_job(runPolicy={"backoffLimit": 3}, resources={"nodes": self.nodes}))
+        self.cluster.add_job(make_job(runPolicy=self.policy, resources={"nodes": self.nodes}))
         self.excused: set[str] = set()
         self.final: Object | None = None
         self.attempts_seen = 0
@@ -84,8 +86,13 @@ class World(RuleBasedStateMachine):
         return 0
 
     @property
+    def exists(self) -> bool:
+        return KEY in self.cluster.jobs
+
+    @property
     def status(self) -> Object:
-        found: Object = self.cluster.jobs[KEY].get("status", {})
+        """The job's status; the last one, when it is gone."""
+        found: Object = self.cluster.jobs[KEY].get("status", {}) if self.exists else self.final or {}
         return found
 
     def pods(self, *phases: str) -> list[str]:
@@ -114,6 +121,7 @@ class World(RuleBasedStateMachine):
     def everything_is_read_again(self) -> None:
         asyncio.run(self.operator.knowledge.refresh(self.cluster, (), lambda _uid: None))
 
+    @precondition(lambda self: self.exists)
     @rule()
     def only_jobs_are_heard_of(self) -> None:
         """News of pods is late."""
@@ -163,6 +171,7 @@ class World(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
 
+    @precondition(lambda self: self.exists)
     @rule(suspend=st.booleans())
     def the_user_suspends_or_resumes(self, suspend: bool) -> None:
         self.cluster.change_spec(*KEY, suspend=suspend)
@@ -253,6 +262,30 @@ class PreflightWorld(World):
     """The same with a preflight before the first attempt."""
 
     preflight = True
+    crashes = 0
+
+    def end(self, name: str, code: int) -> None:
+        super().end(name, code)
+        self.crashes += code == ENDINGS["crash"] and attempt_of(name) == 0
+
+    @precondition(lambda self: self.pods("Pending", "Running"))
+    @rule(how=st.sampled_from(["done", "storage", "yielded", "crash"]))
+    def what_lives_ends_and_is_followed(self, how: str) -> None:
+        """Chance alone seldom gets past the preflight, or to a second one."""
+        for name in self.pods("Pending", "Running"):
+            self.end(name, ENDINGS[how])
+        for _ in range(3):
+            self.look()
+            self.now += timedelta(seconds=400)
+
+    @invariant()
+    def each_of_its_pods_is_judged_once_and_only_crashes_are_charged(self) -> None:
+        if self.status.get("attempt"):
+            return
+        counters = self.status.get("counters", {})
+        judged = sum(counters.get(name, 0) for name in ("preemptions", "infrastructure", "failures"))
+        assert judged <= len({name for name in self.cluster.created if attempt_of(name) == 0})
+        assert counters.get("failures", 0) <= self.crashes
 
     @invariant()
     def no_attempt_before_the_preflight_has_passed(self) -> None:
@@ -266,6 +299,91 @@ class PreflightWorld(World):
         assert first is None or all(attempt_of(name) for name in self.cluster.created[first:])
 
 
+class LimitedWorld(World):
+    """The same with every limit of the run, a clock that is set, and deletion by time."""
+
+    policy: ClassVar[Object] = {
+        "backoffLimit": 3,
+        "activeDeadlineSeconds": 3000,
+        "pendingDeadlineSeconds": 700,
+        "maxGPUHours": 0.5,
+        "ttlSecondsAfterFinished": 500,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.created_before = 0
+        self.created_at_the_end: int | None = None
+        self.told: tuple[int, str] | None = None
+        self.known_to_be_gone = False
+
+    def look(self) -> float | None:
+        again = super().look()
+        if not self.exists:  # the garbage collector
+            for _, name in list(self.cluster.pods):
+                self.operator.knowledge.pods.remove(self.cluster.drop_pod(name))
+        return again
+
+    @rule(seconds=st.sampled_from([-200, 700, 3000, 86400]))
+    def the_clock_is_set(self, seconds: int) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    @invariant()
+    def nothing_is_started_beyond_the_deadline(self) -> None:
+        new = self.cluster.created[self.created_before :]
+        self.created_before += len(new)
+        start = self.status.get("startTime")
+        if new and start is not None:
+            assert self.now < timestamps.from_text(start) + timedelta(seconds=self.policy["activeDeadlineSeconds"])
+
+    @invariant()
+    def it_goes_only_when_its_time_is_over(self) -> None:
+        if not self.exists and not self.known_to_be_gone:
+            self.known_to_be_gone = True  # the clock may be set back after that
+            assert self.final is not None, "deleted before it was done"
+            ends = [item for item in self.final["conditions"] if item["type"] in {"Complete", "Failed"}]
+            ttl = timedelta(seconds=self.policy["ttlSecondsAfterFinished"])
+            assert self.now >= timestamps.from_text(ends[0]["lastTransitionTime"]) + ttl
+
+    @invariant()
+    def nothing_is_made_anew_after_the_end(self) -> None:
+        if self.final is not None:
+            self.created_at_the_end = self.created_at_the_end or len(self.cluster.created)
+            assert len(self.cluster.created) == self.created_at_the_end
+
+    @invariant()
+    def what_the_operator_stopped_was_not_preempted(self) -> None:
+        reasons = {"DeadlineExceeded", "GPUHoursExceeded", "PendingDeadlineExceeded"}
+        said = [item["reason"] for item in self.status.get("conditions", []) if item["type"] == "Progressing"]
+        attempts = self.status.get("attempts", [])
+        if attempts and not attempts[0].get("endedAt") and said and said[0] in reasons:
+            self.told = (attempts[0]["number"], said[0])
+        if self.told and attempts and attempts[0]["number"] == self.told[0] and attempts[0].get("endedAt"):
+            assert attempts[0]["cause"] not in {"Preempted", "NodeLost", "Crash"}
+
+    def teardown(self) -> None:
+        """Let the trouble end: however it was left, the job comes to its end and goes."""
+        self.cluster.fail_at, self.cluster.errors = None, []
+        if self.exists:
+            self.cluster.change_spec(*KEY, suspend=False)
+        for _ in range(SETTLING_LOOKS):
+            asyncio.run(self.operator.knowledge.refresh(self.cluster, (), lambda _uid: None))
+            again = self.look()
+            if not self.exists:
+                break
+            assert again is not None or self.pods("Pending", "Running"), "nothing would ever happen again"
+            self.final_is_final()
+            self.nothing_is_made_anew_after_the_end()
+            self.now += timedelta(seconds=400)
+            for (_, name), pod in list(self.cluster.pods.items()):
+                self.help_along(name, pod)
+        assert not self.exists, self.status
+
+
+TestLimitedWorld = LimitedWorld.TestCase
+TestLimitedWorld.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 TestPreflightWorld = PreflightWorld.TestCase
 TestPreflightWorld.settings = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
