@@ -116,6 +116,27 @@ def test_a_whole_life(place: Place, installation: Installation) -> None:
     assert installation.kube.find("pods", "cats-1-0", namespace=user.namespace), "the last pod is kept for its log"
 
 
+def test_two_nodes_start_and_end_together(place: Place, installation: Installation) -> None:
+    user, kubelet = place
+    user.create(make_job(resources={"nodes": 2}))
+    for pod in ("cats-1-0", "cats-1-1"):
+        kubelet.wait_for_pod(pod)
+    service = installation.kube.get("services", "cats", namespace=user.namespace)
+    assert service["metadata"]["ownerReferences"][0]["uid"] == user.job()["metadata"]["uid"]
+    kubelet.run("cats-1-0", node="node-2")
+    kubelet.run("cats-1-1", node="node-1")
+    user.wait_phase("Preparing")
+    kubelet.end("cats-1-1", 80, message=last_word(80, message="no memory"))
+    installation.kube.wait_for(
+        "pods", "cats-1-0", lambda pod: "deletionTimestamp" in pod["metadata"], namespace=user.namespace
+    )
+    kubelet.end("cats-1-0", 81, message=last_word(81, message="lost the other"))
+    kubelet.wait_for_pod("cats-2-0")
+    kubelet.wait_for_pod("cats-2-1")
+    newest, ended = user.job()["status"]["attempts"]
+    assert (newest["number"], ended["cause"], ended["nodes"]) == (2, "CudaOutOfMemory", ["node-2", "node-1"])
+
+
 def test_preemption_costs_nothing(place: Place, installation: Installation) -> None:
     user, kubelet = place
     user.create(make_job(runPolicy={"backoffLimit": 0}))
@@ -381,6 +402,7 @@ def test_kopf_run_works_too(place: Place, installation: Installation) -> None:
         **os.environ,
         "KUBECONFIG": str(installation.kubeconfig),
         "DIFFUSION_OPERATOR_HTTP_PORT": "0",
+        "DIFFUSION_OPERATOR_PREFLIGHT": "OFF",
         "DIFFUSION_OPERATOR_NAMESPACES": user.namespace,
     }
     command = [sys.executable, "-m", "kopf", "run", "-m", "diffusion_operator", "--namespace", user.namespace]

@@ -65,11 +65,13 @@ def _stopped_with_others(pod: SeenPod, pods: tuple[SeenPod, ...], now: datetime)
         return False
     asked_at = _deletion_asked_at(pod.raw["metadata"])
     for other in pods:
-        finished_at = other.terminated.get("finishedAt")
-        if other is pod or not finished_at or other.completed or _was_deleted(other):
+        if other is pod or not other.terminated or other.completed or _was_deleted(other):
             continue
-        patience = timedelta(0) if other.said_code in _CONSEQUENCES else CLOCK_SKEW
-        if timestamps.from_text(finished_at) <= asked_at + patience:
+        finished_at, explains = other.terminated.get("finishedAt"), other.said_code not in _CONSEQUENCES
+        if finished_at is None:
+            if explains:
+                return True
+        elif timestamps.from_text(finished_at) <= asked_at + (CLOCK_SKEW if explains else timedelta(0)):
             return True
     return False
 

@@ -193,6 +193,9 @@ ENDS: list[tuple[str, dict[str, Any], dict[str, Any], Cause]] = [
      Cause.GPU_FAULT),
     ("one crashed, and so the operator stopped the other", stopped(asked=1, finished=4), killed(1), Cause.CRASH),
     ("the same, by clocks that differ", stopped(asked=-3, finished=4), killed(1), Cause.CRASH),
+    ("the same, by a node that does not say when", stopped(asked=-3, finished=4),
+     {"phase": "Failed", "status": {"containerStatuses": [
+         {"name": "trainer", "state": {"terminated": {"exitCode": 1}}}]}}, Cause.CRASH),
     ("one lost the other, and so the operator stopped that", stopped(asked=1), failed(81), Cause.COLLECTIVE_TIMEOUT),
     ("one was deleted, the other stopped with it", stopped(asked=-5), failed(75, finished=3), Cause.PREEMPTED),
     ("one was deleted by force, the other lost it",
