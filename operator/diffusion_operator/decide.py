@@ -46,6 +46,9 @@ POLICIES: tuple[Policy, ...] = (  # the first answer wins
 LIMITED = POLICIES[POLICIES.index(is_suspended) + 1 :]
 """Those that answer for jobs that are under way, for which deadlines run."""
 
+GONE_SECONDS = 5
+"""When to look at a job again whose pods were deleted, if no event says before that they are gone."""
+
 
 def decide(job: Job, seen: Observed, *, now: datetime, status_seconds: float = 15) -> Decision:
     """Return what is to be done. Pure: equal arguments give equal answers."""
@@ -60,6 +63,9 @@ def decide(job: Job, seen: Observed, *, now: datetime, status_seconds: float = 1
 def _rounded_off(decision: Decision, case: Case, *, limited: bool) -> Decision:
     """Return the decision with what is common to all: no write for cents alone, and a timer for what comes by time."""
     status, again = decision.status, decision.again_seconds
+    if decision.delete:
+        # One that turns out to be gone already is forgotten, and no event will tell of it.
+        again = _sooner(again, GONE_SECONDS)
     if status is not None:
         status = worth_a_write(status, case.status, gpus=status.gpus)
         if is_finished(status):
