@@ -1,7 +1,7 @@
 # Every target sets itself up: the Python environment and the tools are made in a cache outside of the clone.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env generate verify fix test test-unit demo cluster-up cluster-down guides bench
+.PHONY: help env generate verify fix test tools test-unit demo cluster-up cluster-down guides bench
 
 export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer:$(CURDIR)/tests
 # Numbers must not depend on how many threads a machine has, and two test processes must not fight for two cores.
@@ -30,8 +30,11 @@ fix: ## mend what the formatter and the linter can
 	$(python) -m ruff check --fix .
 
 # Two at a time: one with the cluster, which waits more than it works, one with the rest.
-test: ## every tier but gpu
+test: tools ## every tier but gpu
 	$(python) -m pytest -m "not gpu" -n 2 --dist loadgroup tests
+
+tools: ## build Kubernetes and the other programs that tests start, where they are missing
+	@$(python) -m testkit.tools > /dev/null
 
 test-unit: ## the fast tier
 	$(python) -m pytest tests/unit
