@@ -1,4 +1,4 @@
-"""`python -m testkit.tools [NAME ...]`: build these programs, or all of them, before anything with a time limit asks."""
+"""`python -m testkit.tools [NAME ...]`: build these programs, or all, before anything with a time limit asks."""
 
 from __future__ import annotations
 
