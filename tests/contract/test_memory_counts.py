@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from diffusion_api.memory import PIXELS_ENCODED_AT_A_TIME
 from diffusion_api.memory_table import NETWORKS
+from diffusion_trainer.cache import building
 from testkit import architectures
 
 LINEAR_OF_ATTENTION = {
@@ -38,3 +40,7 @@ def test_counts(name):
             attention += size * path.endswith(LINEAR_OF_ATTENTION["MMDiT" if name.startswith("SD3") else "UNet"])
             feed_forward += size * path.endswith((".net.0.proj", ".net.2"))
     assert (attention, attention + feed_forward) == (network.lora_attention, network.lora_all)
+
+
+def test_images_are_encoded_in_the_batches_that_are_reckoned_with():
+    assert building._PIXELS_AT_A_TIME == PIXELS_ENCODED_AT_A_TIME
