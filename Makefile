@@ -31,7 +31,7 @@ fix: ## mend what the formatter and the linter can
 
 # Two at a time: one with the cluster, which waits more than it works, one with the rest.
 test: tools ## every tier but gpu
-	$(python) -m pytest -m "not gpu" -n 2 --dist loadgroup tests
+	$(python) -m pytest -m "not gpu" -n 2 --dist loadgroup --no-loadscope-reorder tests
 
 tools: ## build Kubernetes and the other programs that tests start, where they are missing
 	@$(python) -m testkit.tools > /dev/null
