@@ -7,7 +7,6 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file together, since they share fixtures, and all that use the machine's one cluster.
 

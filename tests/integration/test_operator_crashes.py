@@ -110,6 +110,8 @@ def live(installation: Installation, failpoint: str = "") -> Life:
             wait(
                 "tidying up", lambda: [pod["metadata"]["name"] for pod in pods(installation, namespace)] == ["cats-2-0"]
             )
+            if failpoint:  # the last write is seen before the operator has heard its answer, and dies of it
+                wait("the crash", lambda: operated.crashed)
         finally:
             if operated.process.running:
                 operated.process.stop()
