@@ -29,9 +29,14 @@ fix: ## mend what the formatter and the linter can
 	$(python) -m ruff format .
 	$(python) -m ruff check --fix .
 
-# Two at a time: one with the cluster, which waits more than it works, one with the rest.
+# Side by side: the tests with the cluster wait more than they work. Their output is shown at the end, whole.
 test: tools ## every tier but gpu
-	$(python) -m pytest -m "not gpu" -n 2 --dist loadgroup --no-loadscope-reorder tests
+	@log=$$(mktemp); \
+	$(python) -m pytest -m "not gpu" tests/e2e > $$log 2>&1 & cluster=$$!; \
+	$(python) -m pytest -m "not gpu" tests/unit tests/contract tests/integration; rest=$$?; \
+	wait $$cluster; cluster=$$?; \
+	cat $$log; rm -f $$log; \
+	exit $$((rest | cluster))
 
 tools: ## build Kubernetes and the other programs that tests start, where they are missing
 	@$(python) -m testkit.tools > /dev/null
