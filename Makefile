@@ -31,11 +31,11 @@ fix: ## mend what the formatter and the linter can
 
 # Side by side: the tests with the cluster wait more than they work. Their output is shown at the end, whole.
 test: tools ## every tier but gpu
-	@log=$$(mktemp); \
-	$(python) -m pytest -m "not gpu" tests/e2e > $$log 2>&1 & cluster=$$!; \
+	@own=$$(mktemp -d); \
+	$(python) -m pytest -m "not gpu" -p no:cacheprovider --basetemp $$own/base tests/e2e > $$own/log 2>&1 & cluster=$$!; \
 	$(python) -m pytest -m "not gpu" tests/unit tests/contract tests/integration; rest=$$?; \
 	wait $$cluster; cluster=$$?; \
-	cat $$log; rm -f $$log; \
+	cat $$own/log; rm -rf $$own; \
 	exit $$((rest | cluster))
 
 tools: ## build Kubernetes and the other programs that tests start, where they are missing
