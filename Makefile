@@ -1,7 +1,7 @@
 # Every target sets itself up: the Python environment and the tools are made in a cache outside of the clone.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env generate verify fix test tools test-unit demo cluster-up cluster-down guides bench
+.PHONY: help env generate verify fix test nightly tools test-unit demo cluster-up cluster-down guides bench
 
 export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer:$(CURDIR)/tests
 # Numbers must not depend on how many threads a machine has, and two test processes must not fight for two cores.
@@ -30,13 +30,16 @@ fix: ## mend what the formatter and the linter can
 	$(python) -m ruff check --fix .
 
 # Side by side: the tests with the cluster wait more than they work. Their output is shown at the end, whole.
-test: tools ## every tier but gpu
+test: tools ## every tier but gpu and nightly
 	@own=$$(mktemp -d); \
-	$(python) -m pytest -m "not gpu" -p no:cacheprovider --basetemp $$own/base tests/e2e > $$own/log 2>&1 & cluster=$$!; \
-	$(python) -m pytest -m "not gpu" tests/unit tests/contract tests/integration; rest=$$?; \
+	$(python) -m pytest -m "not gpu and not nightly" -p no:cacheprovider --basetemp $$own/base --durations=15 tests/e2e > $$own/log 2>&1 & cluster=$$!; \
+	$(python) -m pytest -m "not gpu and not nightly" --durations=15 tests/unit tests/contract tests/integration; rest=$$?; \
 	wait $$cluster; cluster=$$?; \
 	cat $$own/log; rm -rf $$own; \
 	exit $$((rest | cluster))
+
+nightly: tools ## the long sweeps
+	$(python) -m pytest -m nightly --timeout=3600 tests
 
 tools: ## build Kubernetes and the other programs that tests start, where they are missing
 	@$(python) -m testkit.tools > /dev/null

@@ -231,10 +231,8 @@ class KubernetesCluster:
     async def _request(
         self, method: str, path: str, *, body: Object | None = None, query: dict[str, str] | None = None
     ) -> Object:
-        write = method != "GET"
-        if write:
-            self._writes += 1
-            self._fail("before")
+        if method != "GET":
+            self._fail("before", method)
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         parameters = list((query or {}).items())
         try:
@@ -254,14 +252,18 @@ class KubernetesCluster:
         self._counted(method, answer.status)
         if answer.status >= 400:
             raise _error(f"{method} {path}", answer.status, content, answer.headers.get("Retry-After", ""))
-        if write:
-            self._fail("after")
+        if method != "GET":
+            self._fail("after", method)
         found: Object = json.loads(content)
         return found
 
-    def _fail(self, action: str) -> None:
+    def _fail(self, action: str, method: str) -> None:
         """End the process here if the failpoint says so: the crash that tests need at an exact place."""
-        if self._failpoint is not None and (self._failpoint.write, self._failpoint.action) == (self._writes, action):
+        point = self._failpoint
+        if point is None or action != point.action or (point.deletions and method != "DELETE"):
+            return
+        self._writes += 1
+        if self._writes == point.write:
             os._exit(KILLED)
 
 

@@ -22,10 +22,14 @@ def own_version() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Failpoint:
-    """Test hook: end the process before or after its n-th write to the API server, counted from 1."""
+    """Test hook: end the process before or after its n-th write to the API server, counted from 1.
+
+    `deletions` counts only those that delete something.
+    """
 
     write: int
     action: str
+    deletions: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +114,9 @@ class _Reader:
 def _failpoint(text: str) -> Failpoint | None:
     """Return the operator's failpoint; the variable is shared with the trainer, whose points are left to it."""
     point, _, rest = text.partition(":")
-    if point != "write":
+    if point not in {"write", "delete"}:
         return None
     number, _, action = rest.partition(":")
     if not number.isdigit() or action not in {"before", "after"}:
-        raise SettingsError(f"{names.ENV_FAILPOINT}: {text!r} is no failpoint: write write:<n>:before or :after")
-    return Failpoint(write=int(number), action=action)
+        raise SettingsError(f"{names.ENV_FAILPOINT}: {text!r} is no failpoint: write write|delete:<n>:before|after")
+    return Failpoint(write=int(number), action=action, deletions=point == "delete")

@@ -102,9 +102,7 @@ def test_a_crash_at_the_deletion(place: Place, installation: Installation, when:
         kubelet.end("cats-1-0", 0, message=last_word(0))
         user.wait_phase("Complete")
         wait_until(lambda: "Complete" in user.reasons(), describe="the last event")
-    crashing = OperatorProcess(
-        installation, namespace=user.namespace, failpoint=f"write:{len(user.reasons()) + 1}:{when}"
-    )
+    crashing = OperatorProcess(installation, namespace=user.namespace, failpoint=f"delete:1:{when}")
     assert crashing.wait() == 137
     assert is_gone(installation, user) == (when == "after")
     with OperatorProcess(installation, namespace=user.namespace):

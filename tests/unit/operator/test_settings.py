@@ -38,8 +38,8 @@ def test_everything_can_be_set() -> None:
         ("DIFFUSION_OPERATOR_WORKERS", "many", "write e.g. 8"),
         ("DIFFUSION_OPERATOR_WORKERS", "0", "write 1 to 256"),
         ("DIFFUSION_OPERATOR_LOG_LEVEL", "LOUD", "write DEBUG, INFO"),
-        (ENV_FAILPOINT, "write:x:before", "write:<n>:before"),
-        (ENV_FAILPOINT, "write:1:during", "write:<n>:before"),
+        (ENV_FAILPOINT, "write:x:before", "write|delete:<n>:before"),
+        (ENV_FAILPOINT, "write:1:during", "write|delete:<n>:before"),
     ],
 )
 def test_wrong_values_are_refused(name: str, value: str, remedy: str) -> None:
