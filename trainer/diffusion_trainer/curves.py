@@ -30,11 +30,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The loss on the held-out images after `step`, overall and by range of timesteps (low noise first)."""
+    """The loss on the held-out images after `step`, overall and by range of timesteps (low noise first).
+
+    `train_loss` is the same measure on as many training images, `advantage` what `overfitting.advantage` makes of the
+    losses of the single images; None where there are too few for it.
+    """
 
     step: int
     loss: float
     by_bin: tuple[float, ...] = ()
+    train_loss: float | None = None
+    advantage: float | None = None
 
 
 @dataclass(slots=True)
@@ -79,14 +85,16 @@ class Curves:
         """Return the evaluations in JSON's types."""
         return {
             "evaluated": self.evaluated,
-            "evaluations": [[e.step, e.loss, list(e.by_bin)] for e in self.evaluations],
+            "evaluations": [[e.step, e.loss, list(e.by_bin), e.train_loss, e.advantage] for e in self.evaluations],
         }
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], scalars: Any) -> Curves:
         """Return what `tensors` and `scalars` gave."""
         points = [Point(int(step), *rest) for step, *rest in tensors["points"].tolist()]
-        evaluations = [Evaluation(step, loss, tuple(by_bin)) for step, loss, by_bin in scalars["evaluations"]]
+        evaluations = [
+            Evaluation(step, loss, tuple(by_bin), *rest) for step, loss, by_bin, *rest in scalars["evaluations"]
+        ]
         return cls(points, evaluations, scalars["evaluated"])
 
     def to_jsonl(self) -> bytes:
@@ -103,6 +111,8 @@ class Curves:
             if evaluation := after.get(p.step):
                 line["validation_loss"] = _finite(evaluation.loss)
                 line["validation_loss_by_bin"] = [_finite(value) for value in evaluation.by_bin]
+                if evaluation.train_loss is not None:
+                    line["train_subset_loss"] = _finite(evaluation.train_loss)
             lines.append(json.dumps(line) + "\n")
         return "".join(lines).encode()
 

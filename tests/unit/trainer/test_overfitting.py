@@ -1,0 +1,91 @@
+"""When to stop, which weights are best, when images are memorised: closed forms of the curve of evaluations."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from diffusion_api.validation import EarlyStopping
+from diffusion_trainer.curves import Evaluation
+from diffusion_trainer.overfitting import advantage, best, hint, stops_after
+
+PATIENT = EarlyStopping(patience=2, minDelta=0.01)
+
+
+def curve(*losses):
+    return [Evaluation(10 * (i + 1), loss) for i, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "stop"),
+    [
+        ((), None),
+        ((1.0,), None),
+        ((1.0, 0.9, 0.8, 0.7), None),
+        ((1.0, 0.9, 0.95, 0.96), 40),  # two in a row without improvement
+        ((1.0, 0.9, 0.95, 0.8, 0.85, 0.84), 60),  # an improvement begins the count anew
+        ((1.0, 0.995, 0.992), 30),  # less than 1 % better is not better
+        ((1.0, 0.995, 0.989, 0.985), None),  # but small steps add up: 0.989 < 0.99
+        ((1.0, 0.9, 0.9, 0.9, 0.1), 40),  # it has stopped before that
+        ((math.nan, 1.0, math.nan, 1.0), 40),  # what is no number is no improvement
+    ],
+)
+def test_it_stops_at_the_evaluation_that_exhausts_patience(losses, stop):
+    assert stops_after(curve(*losses), PATIENT) == stop
+
+
+def test_the_rule_is_relative_and_its_default_is_two_thousandths():
+    tiny = [replace(one, loss=one.loss / 1e4) for one in curve(1.0, 0.9, 0.95, 0.96)]
+    assert stops_after(tiny, PATIENT) == 40
+    rule = EarlyStopping()
+    assert (rule.patience, rule.min_delta) == (4, 0.002)
+    assert stops_after(curve(1.0, 0.9981, 0.9981, 0.9981, 0.9981), rule) == 50
+    assert stops_after(curve(1.0, 0.9979, 0.9979, 0.9979, 0.9979), rule) is None
+
+
+def test_without_a_rule_it_never_stops():
+    assert stops_after(curve(*range(1, 100)), None) is None
+
+
+def test_min_delta_one_and_zero_are_what_they_say():
+    assert stops_after(curve(1.0, 1e-9), EarlyStopping(patience=1, minDelta=1)) == 20
+    assert stops_after(curve(1.0, 1.0 - 1e-12), EarlyStopping(patience=1, minDelta=0)) is None
+
+
+def test_every_prefix_decides_the_same_so_a_resume_needs_no_state():
+    losses = (1.0, 0.9, 0.95, 0.96, 0.1, 0.1)
+    decided = [stops_after(curve(*losses[:n]), PATIENT) for n in range(len(losses) + 1)]
+    assert decided == [None, None, None, None, 40, 40, 40]
+
+
+def test_best_is_the_lowest_and_the_first_of_equals():
+    assert best(curve(1.0, 0.5, 0.5, 0.7)).step == 20
+    assert best(curve(math.nan, 2.0)).step == 20
+    assert best([]) is None
+    assert best(curve(1.0, 0.9999)).step == 20  # minDelta decides when to stop, not what is best
+
+
+def test_the_membership_advantage_is_true_less_false_positives():
+    trained = [0.1, 0.2, 0.3, 0.4]  # mean 0.25: two of four are below
+    assert advantage([1.0, 1.0, 1.0, 1.0], trained) == 0.5
+    assert advantage([0.1, 0.2, 0.3, 0.4], trained) == 0
+    assert advantage([0.2, 1.0, 1.0, 1.0], trained) == 0.25
+
+
+def test_the_hint_names_numbers_and_a_remedy():
+    quiet = Evaluation(10, 0.5, train_loss=0.4, advantage=0.49)
+    loud = Evaluation(20, 0.5, train_loss=0.1, advantage=0.5)
+    assert hint([]) == ""
+    assert hint([quiet]) == ""
+    text = hint([quiet, loud])
+    assert all(part in text for part in ("step 20", "0.1", "0.5", "0.50", "lower the"))
+    assert hint([loud, quiet]) == ""  # what counts is how it is now
+    assert len(text) <= 256  # a warning on the board
+
+
+def test_with_few_images_the_hint_is_the_generalisation_loss():
+    first, rising = Evaluation(10, 0.40, train_loss=0.40), Evaluation(20, 0.4201, train_loss=0.30)
+    assert "5% above that of step 10" in hint([first, rising])
+    assert hint([first, replace(rising, loss=0.4199)]) == ""
+    assert hint([first, replace(rising, train_loss=0.41)]) == ""  # both rise: that is no overfitting
+    assert hint([first, replace(rising, train_loss=None)]) == ""
