@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diffusion_operator.node_state import NodeStates
 from diffusion_operator.state import Object, SeenPod
 
 
@@ -77,14 +78,22 @@ class PodCache(Cache):
         super().__init__()
         self._gone: dict[str, Object] = {}
         self._by_owner: dict[str, set[str]] = {}
+        self.nodes = NodeStates()
 
     def of_job(self, uid: str) -> tuple[SeenPod, ...]:
         """Return the job's pods by attempt and name, gone ones among them."""
         found: list[SeenPod] = []
         for pod_uid in self._by_owner.get(uid, ()):
             present = self._items.get(pod_uid)
-            found.append(SeenPod(present) if present is not None else SeenPod(self._gone[pod_uid], gone=True))
+            raw = self._gone[pod_uid] if present is None else present
+            node = str(raw["spec"].get("nodeName") or "")
+            found.append(SeenPod(raw, gone=present is None, node_state=self.nodes.of(node)))
         return tuple(sorted(found, key=lambda pod: (pod.attempt, pod.name)))
+
+    def owners_on(self, node: str) -> set[str]:
+        """Return the uids of the jobs with a pod on the node, gone ones among them."""
+        placed = [*self._items.values(), *self._gone.values()]
+        return {owner_uid(pod) for pod in placed if pod["spec"].get("nodeName") == node}
 
     def put(self, item: Object) -> bool:
         """Take the pod in; one that is known to be gone does not come back."""

@@ -194,6 +194,14 @@ class KubernetesCluster:
         events = await self._readable(path, lambda event: event, fieldSelector=surroundings.CLAIM_EVENTS)
         return Surroundings(nodes=nodes, pods=pods, claim_events=events or ())
 
+    async def may_list_nodes(self) -> bool:
+        """Return whether the operator has been given the right to."""
+        try:
+            await self._request("GET", "/api/v1/nodes", query={"limit": "1"})
+        except RefusedError:
+            return False
+        return True
+
     async def _readable(self, path: str, reduce: Callable[[Object], Object], **query: str) -> tuple[Object, ...] | None:
         """Return the reduced objects; None where the operator has not been given the right to list them."""
         try:

@@ -44,6 +44,8 @@ class Controller:
         self._cluster: KubernetesCluster | None = None
         self._runner: web.AppRunner | None = None
         self._read_at: datetime | None = None
+        self.watches_nodes = False
+        """Whether nodes may be watched; known when it has started."""
 
     async def start(self) -> None:
         """Read the cluster once, then start to work.
@@ -69,6 +71,8 @@ class Controller:
         for number in range(self._settings.workers):
             self._spawn(self._work(reconciler), name=f"worker {number}")
         self._spawn(self._relist(cluster), name="relist")
+        if not self.watches_nodes:
+            logger.info("no right to list nodes: that one is lost is noticed when the cluster deletes its pods")
         logger.info("started: %d jobs, %d pods", len(self._knowledge.jobs), len(self._knowledge.pods))
 
     async def stop(self) -> None:
@@ -91,6 +95,13 @@ class Controller:
         """Take in news of a pod."""
         if self._take(self._knowledge.pods, pod, gone=gone):
             self._queue.add(owner_uid(pod))
+
+    def node_seen(self, node: Object, *, gone: bool) -> None:
+        """Take in news of a node, which may be the end of the pods on it."""
+        nodes = self._knowledge.pods.nodes
+        if nodes.remove(node) if gone else nodes.put(node):
+            for uid in self._knowledge.pods.owners_on(node["metadata"]["name"]):
+                self._queue.add(uid)
 
     def profile_seen(self, profile: Object, *, gone: bool) -> None:
         """Take in news of a profile, which jobs may have waited for."""
@@ -139,10 +150,13 @@ class Controller:
     async def _refresh_until_it_works(self, cluster: KubernetesCluster) -> None:
         while True:
             try:
-                return await self._refresh(cluster)
+                await self._refresh(cluster)
+                self.watches_nodes = await cluster.may_list_nodes()
             except UnavailableError as error:
                 logger.warning("the cluster cannot be read yet: %s", error)
                 await asyncio.sleep(max(1.0, error.retry_after_seconds))
+            else:
+                return
 
     async def _refresh(self, cluster: KubernetesCluster) -> None:
         await self._knowledge.refresh(cluster, self._settings.namespaces, self._queue.add)

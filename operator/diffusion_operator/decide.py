@@ -11,6 +11,7 @@ from diffusion_operator.policies.attempt_ended import attempt_ended
 from diffusion_operator.policies.attempt_runs import attempt_runs
 from diffusion_operator.policies.attempt_starts import attempt_starts
 from diffusion_operator.policies.deletion import is_being_deleted
+from diffusion_operator.policies.departure import leaves_its_node
 from diffusion_operator.policies.finished import stays_finished
 from diffusion_operator.policies.limits import limit_is_reached, seconds_to_next
 from diffusion_operator.policies.managed_by import is_somebody_elses
@@ -36,6 +37,7 @@ POLICIES: tuple[Policy, ...] = (  # the first answer wins
     is_suspended,  # stop after a checkpoint, start nothing
     limit_is_reached,  # deadlines and GPU-hours: stop after a checkpoint, then Failed
     hangs,  # no sign of life, and the trainer's own watchdog has not ended it: cause Hang
+    leaves_its_node,  # a node that is about to go: save and go on elsewhere, before the machine is taken
     attempt_ended,  # evidence -> cause -> complete, fail, go on at once, or back off
     attempt_runs,  # create missing pods, say why they wait or how far they are
     backs_off,  # not yet
@@ -63,6 +65,9 @@ def decide(job: Job, seen: Observed, *, now: datetime, status_seconds: float = 1
 def _rounded_off(decision: Decision, case: Case, *, limited: bool) -> Decision:
     """Return the decision with what is common to all: no write for cents alone, and a timer for what comes by time."""
     status, again = decision.status, decision.again_seconds
+    silent = [pod.node_state for pod in case.live_pods if pod.node_state.lost]
+    for state in silent:  # the end of the wait for it is no event
+        again = _sooner(again, max(1.0, state.seconds_to_lost(case.now)))
     if decision.delete:
         # One that turns out to be gone already is forgotten, and no event will tell of it.
         again = _sooner(again, GONE_SECONDS)

@@ -79,6 +79,9 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
         await controller.stop()
         raise kopf.PermanentError(str(error)) from error
     memo.controller = controller
+    if controller.watches_nodes:
+        # Registered only now: without the right to, kopf would ask again and again.
+        kopf.on.event("nodes")(node_changed)
 
 
 @kopf.on.cleanup()
@@ -104,6 +107,11 @@ async def pod_changed(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
 async def profile_changed(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
     """Pass on news of a profile."""
     memo.controller.profile_seen(_object(event), gone=_gone(event))
+
+
+async def node_changed(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    """Pass on news of a node."""
+    memo.controller.node_seen(_object(event), gone=_gone(event))
 
 
 def _object(event: kopf.RawEvent) -> Object:

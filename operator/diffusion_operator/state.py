@@ -21,6 +21,7 @@ from diffusion_api.status import Attempt, Condition, JobStatus
 from diffusion_api.training_profile import ProfileSpec
 from diffusion_api.validate import InvalidJobError, parse
 from diffusion_operator import timestamps
+from diffusion_operator.node_state import QUIET, NodeState
 
 Object = dict[str, Any]
 """A Kubernetes object as plain JSON values."""
@@ -112,6 +113,8 @@ class SeenPod:
 
     raw: Object
     gone: bool = False
+    node_state: NodeState = QUIET
+    """What there is to say of its node."""
 
     @property
     def name(self) -> str:
@@ -209,9 +212,17 @@ class SeenPod:
         deadline = timestamps.from_text(self.raw["metadata"]["deletionTimestamp"])
         return now >= deadline + timedelta(seconds=STUCK_SECONDS)
 
+    def lost(self, now: datetime) -> bool:
+        """Return whether its node is lost, whatever became of the pod there.
+
+        That the next attempt starts beside it is safe: the checkpoints are fenced. Its object is deleted with its
+        grace and not by force, so that a node that comes back ends the pod properly before the object goes.
+        """
+        return self.node_state.is_lost(now)
+
     def ended(self, now: datetime) -> bool:
         """Return whether nothing more is to be expected of it."""
-        return self.gone or self.finished or self.stuck(now)
+        return self.gone or self.finished or self.stuck(now) or self.lost(now)
 
     def live(self, now: datetime) -> bool:
         """Return whether it may still run."""

@@ -8,6 +8,7 @@ from diffusion_api import names, status
 from diffusion_api.outcomes import OUTCOMES, Action, Cause
 from diffusion_operator.desired.event import REASONS
 from diffusion_operator.metrics import Metrics as OperatorMetrics
+from diffusion_operator.node_state import DEPARTURES, GIVEN_UP, UNREACHABLE
 from diffusion_operator.policies.resources import TOO_LITTLE_MEMORY
 from diffusion_operator.policies.run_policy import EXHAUSTED
 from diffusion_operator.settings import PREFIX, Settings
@@ -52,6 +53,13 @@ def test_metrics():
     operator = OperatorMetrics(version="0", jobs=list, depth=lambda: 0)
     assert first_column("Metrics of the operator") == exposed(operator.registry)
     assert first_column("Metrics of the trainer") == exposed(TrainerMetrics().registry)
+
+
+def test_what_nodes_say():
+    rows = dict(re.findall(r"^\| `([^`]+)` \| [^|]+ \| ([^|]+) \|$", section("What nodes say"), flags=re.MULTILINE))
+    lost = {UNREACHABLE: "`NodeLost`"} | dict.fromkeys(GIVEN_UP, "`NodeLost`")
+    leaving = {key: "`Preempted` at once" if it.final else "explains an eviction" for key, it in DEPARTURES.items()}
+    assert rows == lost | leaving
 
 
 def test_labels():

@@ -134,6 +134,24 @@ def make_pod(
     }
 
 
+def make_node(name: str, *taints: str, ready: str = "True", taint_added: float = 0) -> Object:
+    """Return a node with taints, written like `key=value:Effect`; those with NoExecute say when they were added."""
+    entries = []
+    for text in taints:
+        mark, _, effect = text.rpartition(":")
+        key, _, value = mark.partition("=")
+        entry = {"key": key, "effect": effect} | ({"value": value} if value else {})
+        entries.append(entry | ({"timeAdded": at(taint_added)} if effect == "NoExecute" else {}))
+    conditions = [{"type": "Ready", "status": ready, "reason": "", "message": ""}]
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "uid": f"node-{name}", "resourceVersion": "5"},
+        "spec": {"taints": entries} if entries else {},
+        "status": {"conditions": conditions},
+    }
+
+
 def container(**state: Any) -> Object:
     """Return the part of a pod's status with the trainer's container in a state: waiting, running or terminated."""
     return {"containerStatuses": [{"name": names.TRAINER_CONTAINER, "state": state}]}

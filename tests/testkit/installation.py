@@ -31,8 +31,7 @@ def install(cluster: ClusterHandle) -> str:
     """Install CRDs, profiles and operator, wait until it is up, and return its namespace."""
     for file in sorted((ROOT / "crds").glob("*.yaml")):
         cluster.kubectl("apply", "--server-side", "-f", file)
-    for plural in (names.JOB_PLURAL, names.PROFILE_PLURAL):
-        cluster.kubectl("wait", "--for=condition=Established", f"crd/{plural}.{names.GROUP}", "--timeout=30s")
+    cluster.wait_established(*(f"{plural}.{names.GROUP}" for plural in (names.JOB_PLURAL, names.PROFILE_PLURAL)))
     cluster.kubectl("apply", "-f", PROFILES)
     deployment = _deployment()
     namespace = str(deployment["metadata"]["namespace"])

@@ -125,6 +125,17 @@ class Kube:
                 lines += self.logs(name, namespace=namespace).splitlines()[-15:]
         return lines
 
+    def wait_established(self, *crds: str, timeout: float = 60) -> None:
+        """Wait until the kinds of CRDs are served. `kubectl wait` gives up where a new one has no conditions yet."""
+        for name in crds:
+            self.wait_for(
+                "customresourcedefinitions",
+                name,
+                lambda found: condition(found, "Established").get("status") == "True",
+                timeout=timeout,
+                describe="establishment",
+            )
+
     def wait_gone(self, kind: str, name: str, *, namespace: str | None = None, timeout: float = 60) -> None:
         """Wait until the object is gone."""
         wait_until(
@@ -192,5 +203,5 @@ class Kube:
 
 def condition(found: Object, kind: str) -> Object:
     """Return the condition of an object's status by its type; {} where it has none."""
-    conditions: Sequence[Object] = found.get("status", {}).get("conditions", [])
+    conditions: Sequence[Object] = found.get("status", {}).get("conditions") or []
     return next((entry for entry in conditions if entry["type"] == kind), {})

@@ -69,12 +69,7 @@ def installed(folder: Path) -> Iterator[Installation]:
     with ControlPlane(options=options) as plane:
         kube = plane.kube
         kube.kubectl("apply", "--server-side", *(part for crd in _crds() for part in ("-f", crd)))
-        kube.kubectl(
-            "wait",
-            "--for=condition=Established",
-            "--timeout=30s",
-            *(f"crd/{crd.stem}.{names.GROUP}" for crd in _crds()),
-        )
+        kube.wait_established(*(f"{crd.stem}.{names.GROUP}" for crd in _crds()))
         documents = [item for item in yaml.safe_load_all(MANIFEST.read_text()) if item["kind"] != "Deployment"]
         kube.apply(*documents)
         account = next(item["metadata"] for item in documents if item["kind"] == "ServiceAccount")

@@ -12,6 +12,7 @@ from diffusion_operator import timestamps
 from diffusion_operator.state import SeenPod
 
 SIGTERM_CODE = 143
+SIGKILL_CODE = 137
 NODE_GONE = {"DeletionByTaintManager", "DeletionByPodGC"}
 BY_KUBELET = "TerminationByKubelet"
 NODE_SHUTDOWN = {"Terminated", "NodeShutdown", "Shutdown", "Preempting", "Evicted"}
@@ -61,7 +62,7 @@ def _stopped_with_others(pod: SeenPod, pods: tuple[SeenPod, ...], now: datetime)
     """
     if pod.finished and not _was_deleted(pod):
         return False
-    if not pod.deleting or pod.stuck(now) or pod.condition("DisruptionTarget").get("status") == "True":
+    if not pod.deleting or pod.stuck(now) or pod.lost(now) or pod.condition("DisruptionTarget").get("status") == "True":
         return False
     asked_at = _deletion_asked_at(pod.raw["metadata"])
     for other in pods:
@@ -106,6 +107,9 @@ def _completed(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
 
 
 def _node_stopped_answering(pod: SeenPod, now: datetime) -> tuple[Cause, str] | None:
+    """The node, as far as it is known, outranks what the cluster did to the pod because of it."""
+    if pod.lost(now) and not pod.finished and not (pod.gone and _was_disrupted_otherwise(pod)):
+        return Cause.NODE_LOST, f"node {pod.node} {pod.node_state.lost}{_and_why(pod)}"
     if pod.stuck(now) and not pod.finished:
         return Cause.NODE_LOST, f"node {pod.node} did not stop the pod within its grace"
     return (Cause.NODE_LOST, pod.message) if pod.reason == "NodeLost" else None
@@ -126,15 +130,24 @@ def _disrupted(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
     if reason != BY_KUBELET and pod.terminated and not _was_deleted(pod):
         return None  # announced, and the container ended by itself before it came about
     cause = Cause.NODE_LOST if reason in NODE_GONE else Cause.PREEMPTED
-    return cause, f"{reason}: {condition.get('message', '')}"
+    return cause, f"{reason}: {condition.get('message', '')}{_and_why(pod)}"
 
 
 def _node_made_room(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
-    return (Cause.PREEMPTED, f"{pod.reason}: {pod.message}") if pod.reason in NODE_SHUTDOWN else None
+    return (Cause.PREEMPTED, f"{pod.reason}: {pod.message}{_and_why(pod)}") if pod.reason in NODE_SHUTDOWN else None
 
 
 def _deleted(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
-    return (Cause.PREEMPTED, "the pod was deleted") if _was_deleted(pod) else None
+    return (Cause.PREEMPTED, f"the pod was deleted{_and_why(pod)}") if _was_deleted(pod) else None
+
+
+def _killed_as_its_node_went(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
+    """Killed from outside, without a word of the trainer's, on a node that was about to go."""
+    if pod.last_word is not None or pod.said_code not in {SIGTERM_CODE, SIGKILL_CODE}:
+        return None
+    if not pod.node_state.leaving or pod.terminated.get("reason") == "OOMKilled":
+        return None
+    return Cause.PREEMPTED, f"exit code {pod.said_code}{_and_why(pod)}"
 
 
 def _out_of_memory(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
@@ -174,12 +187,25 @@ CLUES: tuple[Clue, ...] = (
     _rejected,
     _lost_track,
     _out_of_memory,
+    _killed_as_its_node_went,
     _said_or_exited,
 )
 
 
 def _is_unknown(pod: SeenPod) -> bool:
     return pod.terminated.get("reason") in UNKNOWN_END
+
+
+def _and_why(pod: SeenPod) -> str:
+    """Return what the node says of its end, to go after what the pod says."""
+    leaving = pod.node_state.leaving
+    return f"; node {pod.node}: {leaving}" if leaving else ""
+
+
+def _was_disrupted_otherwise(pod: SeenPod) -> bool:
+    """Return whether the cluster ended the pod for another reason than that its node was lost, which came later."""
+    condition = pod.condition("DisruptionTarget")
+    return condition.get("status") == "True" and condition.get("reason") not in NODE_GONE
 
 
 def _was_deleted(pod: SeenPod) -> bool:
