@@ -17,6 +17,7 @@ from diffusion_trainer.cache import build
 from diffusion_trainer.data import Pictures, Plan, Share, Variants, freeze, open_loader
 from diffusion_trainer.errors import BadData
 from diffusion_trainer.models import add_lora, open_model, trainable
+from diffusion_trainer.objective import objective_of
 from diffusion_trainer.objectstore import open_store
 from diffusion_trainer.rng import Purpose, stream
 from diffusion_trainer.sampling import sample_grid
@@ -94,7 +95,7 @@ def test_opening_a_model_needs_no_network(folder, monkeypatch):
 
 def test_text_is_what_the_pipeline_makes_of_it(family, pipeline):
     captions = ["a cat", "", "eine Katze, 漢字 & more", "long " * 60]
-    for caption, row in zip(captions, family.encode_text(captions), strict=True):
+    for caption, row in zip(captions, family.encode_text(captions)["text"], strict=True):
         wanted, _ = pipeline.encode_prompt(caption, "cpu", 1, do_classifier_free_guidance=False)
         assert row.shape == (77, 32)
         assert torch.allclose(row, wanted[0], atol=1e-6)
@@ -120,7 +121,7 @@ def test_decoding_undoes_the_scale(family, pipeline):
 
 def test_the_noise_schedule_is_stable_diffusions(family):
     """sigma = sqrt((1 - a) / a) is 14.6146 at the last timestep of SD1 and 0.0292 at the first (k-diffusion)."""
-    schedule = family.noise_schedule()
+    schedule = family.process
     sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
     assert len(sigmas) == 1000
     assert sigmas[-1] == pytest.approx(14.6146, abs=1e-3)
@@ -139,7 +140,7 @@ def test_text_encoders_of_older_releases_are_read(copy, family):
     rewrite(path, lambda name, value: [("text_model." + name, value)])
     tensors = load_file(path) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     save_file(tensors, path, metadata={"format": "pt"})
-    assert torch.equal(opened(copy).encode_text(["a cat"]), family.encode_text(["a cat"]))
+    assert torch.equal(opened(copy).encode_text(["a cat"])["text"], family.encode_text(["a cat"])["text"])
 
 
 def test_vaes_of_older_releases_are_read(copy, family):
@@ -201,7 +202,7 @@ def test_the_noise_scheduler_is_checked(copy, change, allowed):
     path = copy / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     if allowed:
-        assert opened(copy).noise_schedule().prediction_type == "VPrediction"
+        assert opened(copy).process.prediction_type == "VPrediction"
     else:
         with pytest.raises(BadData, match="scheduler_config"):
             opened(copy)
@@ -366,21 +367,22 @@ def test_from_a_folder_of_images_to_a_falling_loss(family, tmp_path):
     pictures = Pictures(source, tmp_path)
     cache = build(lock, family, out, variants=variants, pictures=pictures, report=lambda _: None)
     plan = Plan(lock, batch_size=4, seed=1, variants=2, caption_dropout=0.1)
-    alphas = family.noise_schedule().alphas_cumprod
+    objective, alphas = objective_of(family.process, job.training.objective), family.process.alphas_cumprod
 
     def loss(batch):
-        a = alphas[batch.timesteps].view(-1, 1, 1, 1)
+        a = alphas[batch.times].view(-1, 1, 1, 1)
         noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * batch.noise
-        return (family.denoiser(noisy, batch.timesteps, batch.text).sample - batch.noise).square().mean((1, 2, 3))
+        predicted = family.predict(noisy, batch.times, batch.conditioning, batch.geometry)
+        return (predicted - batch.noise).square().mean((1, 2, 3))
 
     parameters = add_lora(family, LoRA(rank=8, alpha=16), seed=1)
-    before = validate(lock, cache, loss, seed=1, batch_size=8, device="cpu")
+    before = validate(lock, cache, loss, objective=objective, seed=1, batch_size=8, device="cpu")
     optimizer = torch.optim.AdamW(parameters.values(), lr=2e-2)
-    for pieces in open_loader(plan, cache, steps=range(12), share=Share(2), objective=job.training.objective):
+    for pieces in open_loader(plan, cache, steps=range(12), share=Share(2), objective=objective):
         optimizer.zero_grad()
         for piece in pieces:
             (loss(piece).sum() / 4).backward()
         optimizer.step()
-    after = validate(lock, cache, loss, seed=1, batch_size=8, device="cpu")
+    after = validate(lock, cache, loss, objective=objective, seed=1, batch_size=8, device="cpu")
     assert after.images == before.images == 2
     assert after.loss < before.loss * 0.95

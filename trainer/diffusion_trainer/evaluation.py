@@ -15,6 +15,7 @@ from diffusion_trainer.courier import Courier
 from diffusion_trainer.curves import Curves, Evaluation
 from diffusion_trainer.data import Batch, DatasetLock
 from diffusion_trainer.models import Family
+from diffusion_trainer.objective import Objective
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.sampling import sample_grid
 from diffusion_trainer.stopping import StopSignal, Yielded
@@ -36,6 +37,7 @@ class Evaluator:
     cache: Cache
     family: Family
     errors: Callable[[Batch], Tensor]
+    objective: Objective
     batch_size: int
     total_steps: int
     curves: Curves
@@ -70,6 +72,7 @@ class Evaluator:
             self.lock,
             self.cache,
             self.errors,
+            objective=self.objective,
             seed=self.spec.training.seed,
             batch_size=self.batch_size,
             device=self.family.device,

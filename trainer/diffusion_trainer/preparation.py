@@ -19,9 +19,9 @@ from diffusion_api.run import RunConfig
 from diffusion_trainer import cache, data, export, models, optim
 from diffusion_trainer.data import Batch, DatasetLock, Plan, Share
 from diffusion_trainer.device import Device, micro_batch_size, open_device
-from diffusion_trainer.errors import BadConfig, NotFound, PreconditionFailed
+from diffusion_trainer.errors import NotFound, PreconditionFailed
 from diffusion_trainer.models import Family
-from diffusion_trainer.objective import Objective
+from diffusion_trainer.objective import Objective, objective_of
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Extent
@@ -54,10 +54,10 @@ class Ready:
 
     def errors(self, batch: Batch) -> Tensor:
         """Return the mean squared error of each image of a micro-batch on the device, fp32 [B]."""
-        noisy = self.objective.noisy(batch.latents, batch.noise, timesteps=batch.timesteps)
+        noisy = self.objective.noisy(batch.latents, batch.noise, times=batch.times)
         with self.device.accelerator.autocast():
-            predicted = self.family.denoiser(noisy, batch.timesteps, batch.text).sample
-        return self.objective.errors(predicted, batch.latents, batch.noise, timesteps=batch.timesteps)
+            predicted = self.family.predict(noisy, batch.times, batch.conditioning, batch.geometry)
+        return self.objective.errors(predicted, batch.latents, batch.noise, times=batch.times)
 
 
 def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: Peers) -> Ready:
@@ -106,7 +106,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         caption_dropout=spec.dataset.captions.dropout,
     )
     extent = Extent(spec.total_steps(plan.batches_per_epoch), plan.batches_per_epoch, spec.batch_size)
-    objective = objective_of(spec, family, device=device)
+    objective = objective_of(family.process, spec.training.objective).to(device.torch)
     return Ready(device, family, cached, plan, extent, share, objective, trained, Basis(lock.sha, family.file_hashes()))
 
 
@@ -122,15 +122,6 @@ def narrator(board: Board, *, monotonic: Callable[[], float] = time.monotonic) -
             LOG.info(detail)
 
     return report
-
-
-def objective_of(spec: TrainerSpec, family: Family, *, device: Device) -> Objective:
-    """Return the loss that the spec asks for on the model's noise schedule."""
-    schedule, asked = family.noise_schedule(), spec.training.objective
-    prediction = schedule.prediction_type if asked.prediction_type == "Auto" else asked.prediction_type
-    if prediction == "Flow":
-        raise BadConfig(f"training.objective.predictionType is Flow, but {family.name} is no flow model; use Auto")
-    return Objective.of(schedule.alphas_cumprod, prediction=prediction, gamma=asked.snr_gamma, device=device.torch)
 
 
 def open_dataset(spec: TrainerSpec, stores: Stores, *, work: Path, report: Callable[[str], None]) -> DatasetLock:

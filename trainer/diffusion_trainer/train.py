@@ -86,6 +86,7 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
             cache=ready.cache,
             family=ready.family,
             errors=ready.errors,
+            objective=ready.objective,
             batch_size=ready.share.micro_batch_size,
             total_steps=total,
             curves=curves,
@@ -220,7 +221,8 @@ def open_batches(spec: TrainerSpec, ready: Ready, *, start_step: int, workers: i
         ready.cache,
         steps=range(start_step, ready.extent.total_steps),
         share=ready.share,
-        objective=spec.training.objective,
+        objective=ready.objective,
+        noise_offset=spec.training.objective.noise_offset,
         workers=workers,
     )
     with closing(batches):
@@ -243,7 +245,7 @@ def gradients(batches: Sequence[Batch], ready: Ready) -> Tensor:
     total = torch.zeros((), device=ready.device.torch)
     for waiting in batches:
         batch = waiting.to(ready.device.torch)
-        weights = ready.objective.weights[batch.timesteps] * batch.weights
+        weights = ready.objective.weights(batch.times) * batch.weights
         loss = (weights * ready.errors(batch)).sum() / ready.extent.batch_size
         ready.device.accelerator.backward(loss)
         total += loss.detach()

@@ -1,4 +1,4 @@
-"""Loss on the held-out split, with the same timesteps and the same noise at each evaluation."""
+"""Loss on the held-out split, with the same times and the same noise at each evaluation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from diffusion_trainer.data.loader import TRAIN_TIMESTEPS, Batch, CachedTensors
+from diffusion_trainer.data.loader import Batch, CachedTensors, stacked
 from diffusion_trainer.data.lock import DatasetLock
+from diffusion_trainer.objective import Objective
 from diffusion_trainer.rng import Purpose, stream
 
 BINS = 8
-"""Timesteps per image, one in the middle of each eighth of the schedule."""
+"""Times per image, one in the middle of each eighth of the process."""
 
 LossOfEach: TypeAlias = Callable[[Batch], torch.Tensor]
 """Unweighted loss of each image of a batch, fp32 [B]: mean squared error of the denoiser. Called without gradients."""
@@ -25,7 +26,7 @@ Loss: TypeAlias = tuple[int, int, float]
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """`loss` is the mean over images and timesteps; `by_bin` over images, from the least to the most noise."""
+    """`loss` is the mean over images and times; `by_bin` over images, from the least to the most noise."""
 
     loss: float
     by_bin: tuple[float, ...]
@@ -34,15 +35,10 @@ class ValidationResult:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One image (index into `lock.images`) at the timestep of one bin."""
+    """One image (index into `lock.images`) at the time of one bin."""
 
     image: int
     bin: int
-
-
-def timestep(number: int) -> int:
-    """Return the timestep of a bin, 0 being the one with the least noise."""
-    return (2 * number + 1) * TRAIN_TIMESTEPS // (2 * BINS)
 
 
 def validate(  # noqa: PLR0913 - what is measured, and by how many
@@ -50,6 +46,7 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
     cache: CachedTensors,
     loss_of_each: LossOfEach,
     *,
+    objective: Objective,
     seed: int,
     batch_size: int,
     device: torch.device | str,
@@ -61,15 +58,16 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
     Of several processes each does a `part` of the batches; `gather` brings together what they found, at the one that
     gets the result. It is the same, bit for bit, however many there are.
 
-    Noise and timesteps belong to the image (by content hash), not to its place in a batch. The latents are the
+    Noise and times belong to the image (by content hash), not to its place in a batch. The latents are the
     posterior's mean, the caption is never dropped. The last batch is padded, so that all have one shape per bucket.
     """
+    places = torch.tensor(objective.validation_times(BINS), dtype=objective.times_dtype)
     order: list[_Case] = []
     losses: list[torch.Tensor] = []
     with torch.no_grad():
         for cases in list(_batches(lock, batch_size))[part]:
             padded = cases + [cases[-1]] * (batch_size - len(cases))
-            batch = _batch(padded, lock, cache, seed).to(device)
+            batch = _batch(padded, lock, cache, seed=seed, times=places).to(device)
             losses.append(loss_of_each(batch)[: len(cases)])
             order += cases
     # One transfer, after everything was launched. Summed in one order whatever the batches were.
@@ -92,13 +90,14 @@ def _batches(lock: DatasetLock, batch_size: int) -> Iterator[list[_Case]]:
             yield cases[start : start + batch_size]
 
 
-def _batch(cases: list[_Case], lock: DatasetLock, cache: CachedTensors, seed: int) -> Batch:
+def _batch(cases: list[_Case], lock: DatasetLock, cache: CachedTensors, *, seed: int, times: torch.Tensor) -> Batch:
     latents = [cache.latents(case.image, 0)[0] for case in cases]
     return Batch(
         latents=torch.stack(latents),
         noise=torch.stack([_noise(case, lock, tuple(latents[0].shape), seed) for case in cases]),
-        timesteps=torch.tensor([timestep(case.bin) for case in cases], dtype=torch.int64),
-        text=torch.stack([cache.text(lock.images[case.image].caption) for case in cases]),
+        times=times[[case.bin for case in cases]],
+        conditioning=stacked([cache.text(lock.images[case.image].caption) for case in cases]),
+        geometry=torch.stack([cache.geometry(case.image, 0) for case in cases]),
         weights=torch.ones(len(cases)),
     )
 

@@ -26,6 +26,7 @@ class CountingFamily:
     def __init__(self, *, vae="vae-1", text="text-1", scale=1.0):
         self.vae, self.words, self.scale = vae, text, scale
         self.images, self.captions = 0, []
+        self.conditioning_names, self.token_names = ("text",), ("tokens",)
 
     def vae_hash(self):
         return self.vae
@@ -40,7 +41,11 @@ class CountingFamily:
 
     def encode_text(self, captions):
         self.captions += captions
-        return torch.stack([torch.full((77, 8), float(len(caption))) for caption in captions])
+        rows = torch.stack([torch.full((77, 8), float(len(caption))) for caption in captions])
+        return {name: rows[:, i] if i else rows for i, name in enumerate(self.conditioning_names)}
+
+    def tokenize(self, captions):
+        return {"tokens": torch.tensor([[len(caption), 49407] for caption in captions])}
 
 
 class Bench:
@@ -65,7 +70,7 @@ class Bench:
             report=lambda _: None,
         )
 
-    def build(self, family, *, work="work", augmentation=None, store=None):
+    def build(self, family, *, work="work", augmentation=None, store=None, **options):
         self.told.clear()
         return build(
             self.lock,
@@ -74,6 +79,7 @@ class Bench:
             variants=Variants(augmentation or Augmentation(), seed=1),
             pictures=Pictures(self.source, self.root / work),
             report=self.told.append,
+            **options,
         )
 
     def objects(self):
@@ -87,7 +93,7 @@ def bench(tmp_path):
 
 def contents(bench, cache):
     latents = [cache.latents(i, 0) for i in range(len(bench.lock.images))]
-    texts = [cache.text(image.caption) for image in bench.lock.images]
+    texts = [cache.text(image.caption)["text"] for image in bench.lock.images]
     return torch.cat([torch.stack(pair).flatten() for pair in latents] + [text.flatten() for text in texts])
 
 
@@ -107,9 +113,48 @@ def test_what_is_read_is_what_was_encoded_in_bf16(bench):
             assert torch.equal(read[0], mean[0].to(torch.bfloat16).float())
             assert torch.equal(read[1], std[0].to(torch.bfloat16).float())
             assert read[0].shape == (4, image.bucket[1] // 8, image.bucket[0] // 8)
-        assert (cache.text(image.caption) == len(image.caption)).all()
-    assert (cache.text("") == 0).all()
-    assert cache.text("").shape == (77, 8)
+        assert (cache.text(image.caption)["text"] == len(image.caption)).all()
+    assert (cache.text("")["text"] == 0).all()
+    assert cache.text("")["text"].shape == (77, 8)
+
+
+def test_a_caption_has_a_part_for_each_name(bench):
+    family = CountingFamily()
+    family.conditioning_names = ("text", "pooled")
+    cache = bench.build(family)
+    for caption in ("", *(image.caption for image in bench.lock.images)):
+        found = cache.text(caption)
+        assert {name: rows.shape for name, rows in found.items()} == {"text": (77, 8), "pooled": (8,)}
+        assert all((rows == len(caption)).all() for rows in found.values())
+
+
+def test_a_family_without_text_has_an_empty_conditioning(bench):
+    family = CountingFamily()
+    family.conditioning_names = ()
+    cache = bench.build(family)
+    assert cache.text("") == cache.text(bench.lock.images[0].caption) == {}
+    assert family.captions == []
+
+
+def test_tokens_are_kept_as_they_are(bench):
+    """bf16 has 8 bits of precision: 49407 would become 49408."""
+    cache = bench.build(CountingFamily(), text="Tokens")
+    for image in bench.lock.images:
+        assert cache.text(image.caption)["tokens"].tolist() == [len(image.caption), 49407]
+    assert set(bench.build(CountingFamily()).text("")) == {"text"}
+
+
+def test_the_geometry_is_that_of_the_crop_that_was_encoded(bench):
+    augmentation = Augmentation(crop="Random", variants_per_image=3)
+    cache = bench.build(CountingFamily(), augmentation=augmentation)
+    variants, pictures = Variants(augmentation, seed=1), Pictures(bench.source, bench.root / "work")
+    from diffusion_trainer.data.decoding import decode
+    from diffusion_trainer.data.transforms import transform
+
+    for i, image in enumerate(bench.lock.images):
+        for k, variant in enumerate(variants.of(image)):
+            _, told = transform(decode(pictures.path(image)), variant, image.bucket)
+            assert cache.geometry(i, k).tolist() == [*told.original[::-1], *told.crop[::-1], *told.target[::-1]]
 
 
 def test_a_second_build_encodes_nothing_and_downloads_no_image(bench):

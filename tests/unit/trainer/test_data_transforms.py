@@ -5,7 +5,7 @@ from PIL import Image
 
 from diffusion_api.dataset import Augmentation
 from diffusion_trainer.data.lock import LockedImage
-from diffusion_trainer.data.transforms import Variant, Variants, cover, transform
+from diffusion_trainer.data.transforms import Variant, Variants, cover, geometry, transform
 
 
 def image(width, height, *, bucket=(64, 64), split="train", content="a"):
@@ -56,6 +56,13 @@ def test_a_flip_mirrors_the_pixels_and_the_crop_that_is_told():
     assert torch.equal(flipped[0], plain[0].flip(2))
     assert flipped[1].crop == (100 - 64 - 10, 0)
     assert flipped[1].original == plain[1].original
+
+
+def test_geometry_is_told_by_height_before_width():
+    """SDXL's time ids: original height and width, top and left, height and width."""
+    told = geometry((100, 70), Variant((96, 67), 12, 3, flip=False), (80, 64)).numbers()
+    assert told.tolist() == [70, 100, 3, 12, 64, 80]
+    assert told.dtype == torch.float32
 
 
 def test_scaling_down_averages_areas():

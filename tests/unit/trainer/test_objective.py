@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_trainer.objective import Objective, add_noise, sample_losses, snr, snr_weights, target
+from diffusion_trainer.objective import DiscreteObjective
+from diffusion_trainer.objective.discrete import add_noise, sample_losses, snr, snr_weights, target
 
 # scaled_linear 0.00085 to 0.012 over 1000 steps: the schedule of every SD 1.x.
 BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
@@ -83,15 +84,15 @@ def test_the_loss_of_a_sample_is_its_own_mean_in_fp32():
 
 
 def test_objective_uses_the_tables_of_each_timestep():
-    objective = Objective.of(torch.from_numpy(ALPHAS), prediction="Epsilon", gamma=5.0, device=torch.device("cpu"))
+    objective = DiscreteObjective.of(torch.from_numpy(ALPHAS), prediction="Epsilon", gamma=5.0)
     latents, noise = _data(batch=5)
     timesteps = torch.tensor(TIMESTEPS)
     errors = objective.errors(
-        torch.zeros(5, 4, 2, 2), torch.from_numpy(latents), torch.from_numpy(noise), timesteps=timesteps
+        torch.zeros(5, 4, 2, 2), torch.from_numpy(latents), torch.from_numpy(noise), times=timesteps
     )
     np.testing.assert_allclose(errors.numpy(), (noise**2).mean((1, 2, 3)), rtol=1e-6)
     ratio = (ALPHAS / (1 - ALPHAS))[TIMESTEPS]
-    np.testing.assert_allclose(objective.weights[timesteps].numpy(), np.minimum(ratio, 5) / ratio, rtol=1e-6)
-    noisy = objective.noisy(torch.from_numpy(latents), torch.from_numpy(noise), timesteps=timesteps)
+    np.testing.assert_allclose(objective.weights(timesteps).numpy(), np.minimum(ratio, 5) / ratio, rtol=1e-6)
+    noisy = objective.noisy(torch.from_numpy(latents), torch.from_numpy(noise), times=timesteps)
     a = ALPHAS[TIMESTEPS][:, None, None, None]
     np.testing.assert_allclose(noisy.numpy(), np.sqrt(a) * latents + np.sqrt(1 - a) * noise, rtol=1e-4, atol=1e-6)

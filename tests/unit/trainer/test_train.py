@@ -26,7 +26,7 @@ from diffusion_trainer.errors import (
     GpuOutOfMemory,
 )
 from diffusion_trainer.metrics import Metrics
-from diffusion_trainer.objective import Objective
+from diffusion_trainer.objective import DiscreteObjective
 from diffusion_trainer.objectstore import open_store
 from diffusion_trainer.optim import apply_update, make_optimizer
 from diffusion_trainer.progress import Board
@@ -155,7 +155,7 @@ class FakeReady:
     """A denoiser with one weight, which is all that `gradients` needs of a model."""
 
     weight: torch.nn.Parameter
-    objective: Objective
+    objective: DiscreteObjective
     batch_size: int
 
     def __post_init__(self):
@@ -163,13 +163,13 @@ class FakeReady:
         self.extent = SimpleNamespace(batch_size=self.batch_size)
 
     def errors(self, batch):
-        noisy = self.objective.noisy(batch.latents, batch.noise, timesteps=batch.timesteps)
-        return self.objective.errors(noisy * self.weight, batch.latents, batch.noise, timesteps=batch.timesteps)
+        noisy = self.objective.noisy(batch.latents, batch.noise, times=batch.times)
+        return self.objective.errors(noisy * self.weight, batch.latents, batch.noise, times=batch.times)
 
 
 def _ready(size):
     alphas = torch.linspace(0.999, 0.005, 1000)
-    objective = Objective.of(alphas, prediction="Epsilon", gamma=5.0, device=CPU)
+    objective = DiscreteObjective.of(alphas, prediction="Epsilon", gamma=5.0)
     return FakeReady(torch.nn.Parameter(torch.tensor(0.5)), objective, size)
 
 
@@ -177,11 +177,11 @@ def _batch(size):
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, size, 4, 2, 2, generator=generator)
     timesteps = torch.arange(size) * 37
-    return Batch(latents, noise, timesteps, torch.zeros(size, 1, 1), torch.ones(size))
+    return Batch(latents, noise, timesteps, {}, torch.zeros(size, 6), torch.ones(size))
 
 
 def _cut(batch, size):
-    names = ("latents", "noise", "timesteps", "text", "weights")
+    names = ("latents", "noise", "times", "geometry", "weights")
     pieces = zip(*(getattr(batch, name).split(size) for name in names), strict=True)
     return [replace(batch, **dict(zip(names, piece, strict=True))) for piece in pieces]
 
@@ -198,7 +198,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(micro):
 def test_the_loss_is_the_mean_over_the_images_of_the_batch():
     ready, batch = _ready(3), _batch(3)
     loss = gradients([batch], ready)
-    alphas = ready.objective.alphas[batch.timesteps].double()
+    alphas = ready.objective.alphas[batch.times].double()
     total = 0.0
     for i in range(3):
         noisy = alphas[i].sqrt() * batch.latents[i] + (1 - alphas[i]).sqrt() * batch.noise[i]
@@ -220,7 +220,7 @@ def test_loader_workers_are_forked_before_anything_else_goes_on(monkeypatch):
             events.append("workers ended")
 
     monkeypatch.setattr("diffusion_trainer.train.data.open_loader", loader)
-    ready = SimpleNamespace(plan=None, cache=None, share=None, extent=SimpleNamespace(total_steps=5))
+    ready = SimpleNamespace(plan=None, cache=None, share=None, objective=None, extent=SimpleNamespace(total_steps=5))
     with open_batches(_run().spec, ready, start_step=2, workers=2) as batches:
         events.append("opened")
         assert list(batches) == [2, 3, 4]

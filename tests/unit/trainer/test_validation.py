@@ -3,10 +3,13 @@ import pytest
 import torch
 
 from diffusion_trainer.data.lock import DatasetLock, LockedImage
+from diffusion_trainer.objective import DiscreteObjective, FlowObjective
 from diffusion_trainer.rng import Purpose, stream
-from diffusion_trainer.validation import BINS, timestep, validate
+from diffusion_trainer.validation import BINS, validate
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
+OBJECTIVE = DiscreteObjective.of(ALPHAS, prediction="Epsilon", gamma=None)
+TIMESTEPS = (62, 187, 312, 437, 562, 687, 812, 937)
 
 
 class FakeCache:
@@ -15,8 +18,12 @@ class FakeCache:
         shape = (4, 8, 6) if image % 2 else (4, 6, 8)
         return torch.full(shape, image / 10), torch.full(shape, 1e9)
 
+    def geometry(self, image, variant):
+        assert variant == 0
+        return torch.full((6,), float(image))
+
     def text(self, caption):
-        return torch.full((77, 8), float(len(caption)))
+        return {"text": torch.full((77, 8), float(len(caption)))}
 
 
 def lock(count=7, *, trained=3, reverse=False):
@@ -30,17 +37,27 @@ def lock(count=7, *, trained=3, reverse=False):
 
 def loss(batch):
     """Whatever: a function of everything that a denoiser sees, of each image alone."""
-    a = ALPHAS[batch.timesteps].view(-1, 1, 1, 1)
+    a = ALPHAS[batch.times].view(-1, 1, 1, 1)
     noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * batch.noise
-    return (noisy - batch.noise + batch.text.mean((1, 2)).view(-1, 1, 1, 1) / 100).square().mean((1, 2, 3))
+    return (
+        (noisy - batch.noise + batch.conditioning["text"].mean((1, 2)).view(-1, 1, 1, 1) / 100).square().mean((1, 2, 3))
+    )
 
 
 def result(lock=lock(), *, seed=1, batch_size=4, loss=loss):  # noqa: B008 - immutable
-    return validate(lock, FakeCache(), loss, seed=seed, batch_size=batch_size, device="cpu")
+    return validate(lock, FakeCache(), loss, objective=OBJECTIVE, seed=seed, batch_size=batch_size, device="cpu")
 
 
-def test_timesteps_are_the_middles_of_the_eighths():
-    assert [timestep(i) for i in range(BINS)] == [62, 187, 312, 437, 562, 687, 812, 937]
+def test_times_are_the_middles_of_the_eighths():
+    seen = {}
+
+    def watching(batch):
+        seen.setdefault(batch.times.dtype, set()).update(batch.times.tolist())
+        return torch.zeros(len(batch.times))
+
+    result(loss=watching)
+    validate(lock(), FakeCache(), watching, objective=FlowObjective(shift=3), seed=1, batch_size=4, device="cpu")
+    assert seen == {torch.int64: set(TIMESTEPS), torch.float32: {(2 * i + 1) / 16 for i in range(BINS)}}
 
 
 def test_the_result_is_the_same_each_time_and_independent_of_the_batch_size():
@@ -64,7 +81,7 @@ def test_it_is_the_mean_of_the_loss_with_the_noise_of_each_image():
         for number in range(BINS):
             shape = (4, 8, 6) if i % 2 else (4, 6, 8)
             noise = stream(1, Purpose.VALIDATION, f"{i:064x}", number).standard_normal(shape, dtype=np.float32)
-            a = float(ALPHAS[timestep(number)])
+            a = float(ALPHAS[TIMESTEPS[number]])
             error = a**0.5 * i / 10 + ((1 - a) ** 0.5 - 1) * noise + (i + 1) / 100
             wanted[number] += (error**2).mean() / 7
     assert result().by_bin == pytest.approx(wanted, rel=1e-5)
@@ -76,7 +93,7 @@ def test_noise_belongs_to_the_image_not_to_its_place():
         def latents(self, image, variant):
             return super().latents(6 - image, variant)
 
-    reverse = validate(lock(reverse=True), ByCaption(), loss, seed=1, batch_size=4, device="cpu")
+    reverse = validate(lock(reverse=True), ByCaption(), loss, objective=OBJECTIVE, seed=1, batch_size=4, device="cpu")
     assert reverse == result()
 
 
@@ -103,7 +120,7 @@ def test_several_processes_find_what_one_finds(processes):
 
     found = [
         validate(
-            lock(), FakeCache(), loss, seed=1, batch_size=4, device="cpu",
+            lock(), FakeCache(), loss, objective=OBJECTIVE, seed=1, batch_size=4, device="cpu",
             part=slice(rank, None, processes), gather=gather,
         )
         for rank in range(processes)

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
-from diffusion_trainer.cache.keys import latents_key, shard_key, text_key
+from diffusion_trainer.cache.keys import latents_key, shard_key, text_entries
 from diffusion_trainer.cache.reading import Cache
 from diffusion_trainer.cache.shards import Shard, Shelf
 from diffusion_trainer.data.decoding import Rejected, decode
 from diffusion_trainer.data.lock import DatasetLock, LockedImage
 from diffusion_trainer.data.pictures import Pictures
-from diffusion_trainer.data.transforms import Variant, Variants, transform
+from diffusion_trainer.data.transforms import Geometry, Variant, Variants, geometry, transform
 from diffusion_trainer.errors import BadData
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.objectstore import ObjectStore
@@ -48,13 +48,14 @@ def build(  # noqa: PLR0913 - what a cache depends on, and which part of it
     pictures: Pictures,
     report: Callable[[str], None],
     part: slice = slice(None),
+    text: Literal["Embeddings", "Tokens"] = "Embeddings",
 ) -> Cache:
     """Return the cache of a dataset: each shard from this machine, else from the bucket, else encoded and uploaded.
 
     `store` is the output destination; shards lie below `names.CACHE_PREFIX`, local copies beside the pictures. Images
     are downloaded (by `pictures`) only for shards that have to be encoded. Calling it again after an interruption
     repeats at most one shard. `part` of the shards are seen to, and the cache lacks the others: several processes each
-    encode a part, and then fetch all.
+    encode a part, and then fetch all. `text` is "Tokens" where text encoders are part of the training.
 
     Raises:
         BadData: an image changed or vanished since the freeze, or the VAE makes no finite numbers of it.
@@ -64,24 +65,29 @@ def build(  # noqa: PLR0913 - what a cache depends on, and which part of it
     vae_hash, text_hash = family.vae_hash(), family.text_hash()
     wanted: dict[str, _Wanted] = {}
     latents: list[tuple[str, ...]] = []
+    geometries: list[tuple[Geometry, ...]] = []
     for image in lock.images:
         drawn = variants.of(image)
         keys = tuple(latents_key(image, variant, vae_hash=vae_hash) for variant in drawn)
         wanted.update(zip(keys, (_Wanted(image, variant) for variant in drawn), strict=True))
         latents.append(keys)
-    captions = {text_key(caption, text_hash=text_hash): caption for caption in _captions(lock)}
+        size = (image.width, image.height)
+        geometries.append(tuple(geometry(size, variant, image.bucket) for variant in drawn))
+    names = family.conditioning_names if text == "Embeddings" else family.token_names
+    encode = family.encode_text if text == "Embeddings" else family.tokenize
+    texts = {caption: text_entries(caption, names, text_hash=text_hash) for caption in _captions(lock)}
 
     def encode_latents(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         return _latents({key: wanted[key] for key in shard.entries}, family, pictures)
 
     def encode_text(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
-        return _text({key: captions[key] for key in shard.entries}, family)
+        return _text({caption: keys for caption, keys in texts.items() if shard.entries & {*keys.values()}}, encode)
 
     images = {key: one.image.id for key, one in wanted.items()}  # variants of an image lie together
     places = _obtained(_shards("latents", images)[part], encode_latents, shelf, report)
-    texts = _shards("text", dict(zip(captions, captions, strict=True)))
-    places |= _obtained(texts[part], encode_text, shelf, report)
-    return Cache(latents, {caption: key for key, caption in captions.items()}, places)
+    keys_of_texts = {key: key for keys in texts.values() for key in keys.values()}
+    places |= _obtained(_shards("text", keys_of_texts)[part], encode_text, shelf, report)
+    return Cache(latents, texts, places, geometry=geometries)
 
 
 def _obtained(
@@ -125,7 +131,7 @@ def _shards(kind: str, entries: Mapping[str, str]) -> list[Shard]:
 
 
 def _latents(wanted: Mapping[str, _Wanted], family: Family, pictures: Pictures) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield [2, 4, h, w] (mean, standard deviation) in bf16 of each entry; batches have one shape each."""
+    """Yield [2, C, h, w] (mean, standard deviation) in bf16 of each entry; batches have one shape each."""
     ordered = sorted(wanted, key=lambda key: (wanted[key].image.bucket, wanted[key].image.id, key))
     for (width, height), group in groupby(ordered, key=lambda key: wanted[key].image.bucket):
         for keys in _some(group, max(1, _PIXELS_AT_A_TIME // (width * height))):
@@ -155,10 +161,14 @@ def _pixels(wanted: Sequence[_Wanted], pictures: Pictures) -> list[torch.Tensor]
     return [one for some in in_parallel(pixels, by_image, parallel=_PARALLEL) for one in some]
 
 
-def _text(captions: Mapping[str, str], family: Family) -> Iterator[tuple[str, torch.Tensor]]:
-    for keys in _some(sorted(captions), _CAPTIONS_AT_A_TIME):
-        embeddings = family.encode_text([captions[key] for key in keys])
-        yield from zip(keys, embeddings.to(torch.bfloat16), strict=True)
+def _text(
+    texts: Mapping[str, Mapping[str, str]], encode: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each entry of captions: embeddings in bf16, tokens as they are."""
+    for captions in _some(sorted(texts, key=lambda caption: sorted(texts[caption].values())), _CAPTIONS_AT_A_TIME):
+        for name, rows in encode(captions).items():
+            stored = rows.to(torch.bfloat16) if rows.is_floating_point() else rows
+            yield from zip((texts[caption][name] for caption in captions), stored, strict=True)
 
 
 def _some(items: Iterable[T], count: int) -> Iterator[Sequence[T]]:

@@ -31,10 +31,16 @@ def latents_key(image: LockedImage, variant: Variant, *, vae_hash: str) -> str:
 
 
 def text_key(caption: str, *, text_hash: str) -> str:
-    """Return the name of the embedding of a caption."""
+    """Return the name of what a text encoder, or a tokenizer, makes of a caption."""
     return _hashed(
         {"kind": "text", "code": CODE_VERSION, "dtype": STORED_DTYPE, "caption": caption, "encoder": text_hash}
     )
+
+
+def text_entries(caption: str, names: Iterable[str], *, text_hash: str) -> dict[str, str]:
+    """Return the name of each part of a caption's conditioning; they begin alike, so that they lie together."""
+    key = text_key(caption, text_hash=text_hash)
+    return {name: f"{key}/{name}" for name in names}
 
 
 def shard_key(entries: Iterable[str]) -> str:

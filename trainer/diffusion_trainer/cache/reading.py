@@ -9,28 +9,46 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from diffusion_trainer.data.transforms import Geometry
+
 
 class Cache:
-    """Latents and text embeddings of a dataset lock. Picklable: a worker opens the files for itself."""
+    """Latents and texts of a dataset lock. Picklable: a worker opens the files for itself."""
 
-    def __init__(self, latents: Sequence[Sequence[str]], text: Mapping[str, str], places: Mapping[str, Path]) -> None:
-        """`latents`: entry of each image and variant; `text`: entry of each caption; `places`: file of each entry."""
+    def __init__(
+        self,
+        latents: Sequence[Sequence[str]],
+        text: Mapping[str, Mapping[str, str]],
+        places: Mapping[str, Path],
+        *,
+        geometry: Sequence[Sequence[Geometry]],
+    ) -> None:
+        """`latents`, `geometry`: of each image and variant; `text`: of each caption; `places`: file of each entry."""
         self._latents = latents
         self._text = text
         self._places = places
+        self._geometry = geometry
         self._open: dict[Path, Any] = {}
 
     def latents(self, image: int, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and standard deviation of the scaled latents, fp32 [4, h, w] each (stored as bf16).
+        """Return mean and standard deviation of the scaled latents, fp32 [C, h, w] each (stored as bf16).
 
         `image` indexes `lock.images`; a held-out image has variant 0 only.
         """
         mean, std = self._entry(self._latents[image][variant]).float()
         return mean, std
 
-    def text(self, caption: str) -> torch.Tensor:
-        """Return the text embedding of a caption of the dataset, or of "", fp32 [77, D] (stored as bf16)."""
-        return self._entry(self._text[caption]).float()
+    def geometry(self, image: int, variant: int) -> torch.Tensor:
+        """Return what SDXL is told of one variant, fp32 [6]; see `data.transforms.Geometry`."""
+        return self._geometry[image][variant].numbers()
+
+    def text(self, caption: str) -> dict[str, torch.Tensor]:
+        """Return the conditioning of a caption of the dataset, or of "", by the family's names.
+
+        Embeddings are fp32 (stored as bf16), tokens int64.
+        """
+        found = {name: self._entry(key) for name, key in self._text[caption].items()}
+        return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}

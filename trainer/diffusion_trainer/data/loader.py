@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -10,23 +10,24 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from diffusion_api.training import Objective
 from diffusion_trainer.data.plan import Plan, Slot
+from diffusion_trainer.objective import Objective
 from diffusion_trainer.rng import Purpose, stream
-
-TRAIN_TIMESTEPS = 1000
-"""Timesteps of the noise scheduler of every family that predicts noise; `models` refuses others."""
 
 
 class CachedTensors(Protocol):
     """What the loader asks of a cache; see `diffusion_trainer.cache`. Must be picklable for loader workers."""
 
     def latents(self, image: int, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and standard deviation of the scaled latents, fp32 [4, h, w] each."""
+        """Return mean and standard deviation of the scaled latents, fp32 [C, h, w] each."""
         ...
 
-    def text(self, caption: str) -> torch.Tensor:
-        """Return the text embedding of a caption, fp32 [77, D]; "" is the null row."""
+    def geometry(self, image: int, variant: int) -> torch.Tensor:
+        """Return what SDXL is told of one variant, fp32 [6]."""
+        ...
+
+    def text(self, caption: str) -> Mapping[str, torch.Tensor]:
+        """Return the conditioning of a caption by the family's names; "" is the null row."""
         ...
 
 
@@ -58,42 +59,52 @@ class Share:
 class Batch:
     """One micro-batch on its way to the denoiser. B images, latents of one shape.
 
-    latents, noise: fp32 [B, 4, h, w], latents drawn from the posterior and scaled; timesteps: int64 [B] in
-    [0, TRAIN_TIMESTEPS); text: fp32 [B, 77, D]; weights: fp32 [B], the weight of each image's loss.
+    latents, noise: fp32 [B, C, h, w], latents drawn from the posterior and scaled; times: [B], as the objective draws
+    them; conditioning: [B, ...] by the family's names; geometry: fp32 [B, 6]; weights: fp32 [B], of each image's loss.
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
-    timesteps: torch.Tensor
-    text: torch.Tensor
+    times: torch.Tensor
+    conditioning: Mapping[str, torch.Tensor]
+    geometry: torch.Tensor
     weights: torch.Tensor
     slots: tuple[Slot, ...] = ()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """Return the batch on a device."""
-        return replace(
-            self,
-            latents=self.latents.to(device, non_blocking=non_blocking),
-            noise=self.noise.to(device, non_blocking=non_blocking),
-            timesteps=self.timesteps.to(device, non_blocking=non_blocking),
-            text=self.text.to(device, non_blocking=non_blocking),
-            weights=self.weights.to(device, non_blocking=non_blocking),
-        )
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the DataLoader calls this by name."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return replace(
             self,
-            latents=self.latents.pin_memory(),
-            noise=self.noise.pin_memory(),
-            timesteps=self.timesteps.pin_memory(),
-            text=self.text.pin_memory(),
-            weights=self.weights.pin_memory(),
+            latents=change(self.latents),
+            noise=change(self.noise),
+            times=change(self.times),
+            conditioning={name: change(tensor) for name, tensor in self.conditioning.items()},
+            geometry=change(self.geometry),
+            weights=change(self.weights),
         )
 
 
-def open_loader(
-    plan: Plan, cache: CachedTensors, *, steps: range, share: Share, objective: Objective, workers: int = 0
+def stacked(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the conditioning of a batch, from that of each of its images."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def open_loader(  # noqa: PLR0913 - what a batch is made of, and by whom
+    plan: Plan,
+    cache: CachedTensors,
+    *,
+    steps: range,
+    share: Share,
+    objective: Objective,
+    noise_offset: float = 0.0,
+    workers: int = 0,
 ) -> Iterator[list[Batch]]:
     """Yield, for each optimizer step of `steps`, this rank's micro-batches.
 
@@ -102,7 +113,7 @@ def open_loader(
     iterator ends the workers.
     """
     loader: DataLoader[list[Batch]] = DataLoader(
-        _Steps(plan, cache, share, objective),
+        _Steps(plan, cache, share, objective=objective.to("cpu"), noise_offset=noise_offset),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
@@ -116,11 +127,14 @@ def open_loader(
 class _Steps(Dataset[list[Batch]]):
     """The steps of a plan, as torch's loader wants them."""
 
-    def __init__(self, plan: Plan, cache: CachedTensors, share: Share, objective: Objective) -> None:
+    def __init__(
+        self, plan: Plan, cache: CachedTensors, share: Share, *, objective: Objective, noise_offset: float
+    ) -> None:
         self._plan = plan
         self._cache = cache
         self._share = share
         self._objective = objective
+        self._noise_offset = noise_offset
 
     def __getitem__(self, step: int) -> list[Batch]:
         return [self._batch(piece) for piece in self._share.pieces(self._plan.batch(step))]
@@ -132,8 +146,9 @@ class _Steps(Dataset[list[Batch]]):
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack([self._noise(slot, like) for slot, like in zip(slots, latents, strict=True)]),
-            timesteps=torch.tensor([self._timestep(slot) for slot in slots], dtype=torch.int64),
-            text=torch.stack(text),
+            times=torch.tensor([self._time(slot) for slot in slots], dtype=self._objective.times_dtype),
+            conditioning=stacked(text),
+            geometry=torch.stack([self._cache.geometry(slot.image, slot.variant) for slot in slots]),
             weights=torch.ones(len(slots)),
             slots=slots,
         )
@@ -144,13 +159,13 @@ class _Steps(Dataset[list[Batch]]):
 
     def _noise(self, slot: Slot, like: torch.Tensor) -> torch.Tensor:
         noise = _normal(like, stream(self._plan.seed, Purpose.NOISE, slot.step, slot.slot))
-        if self._objective.noise_offset:
+        if self._noise_offset:
             numbers = stream(self._plan.seed, Purpose.NOISE_OFFSET, slot.step, slot.slot)
-            noise += self._objective.noise_offset * _normal(like[:, :1, :1], numbers)
+            noise += self._noise_offset * _normal(like[:, :1, :1], numbers)
         return noise
 
-    def _timestep(self, slot: Slot) -> int:
-        return int(stream(self._plan.seed, Purpose.TIMESTEP, slot.step, slot.slot).integers(TRAIN_TIMESTEPS))
+    def _time(self, slot: Slot) -> float:
+        return self._objective.draw(stream(self._plan.seed, Purpose.TIMESTEP, slot.step, slot.slot))
 
 
 def _normal(like: torch.Tensor, numbers: np.random.Generator) -> torch.Tensor:

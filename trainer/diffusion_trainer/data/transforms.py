@@ -27,12 +27,17 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
+class Geometry:
     """What SDXL is told about an image: sizes are (width, height); crop is (left, top) of the picture as it is seen."""
 
     original: Shape
     crop: Shape
     target: Shape
+
+    def numbers(self) -> torch.Tensor:
+        """Return fp32 [6]: original height and width, top and left, height and width (arXiv 2307.01952, 2.2)."""
+        pairs = (self.original, self.crop, self.target)
+        return torch.tensor([float(number) for pair in pairs for number in reversed(pair)])
 
 
 class Variants:
@@ -63,8 +68,8 @@ def cover(image: LockedImage) -> Shape:
     return max(width, round(image.width * scale)), max(height, round(image.height * scale))
 
 
-def transform(picture: Image.Image, variant: Variant, target: Shape) -> tuple[torch.Tensor, Conditioning]:
-    """Return the pixels, fp32 [3, height, width] in [-1, 1], and the conditioning that belongs to exactly them.
+def transform(picture: Image.Image, variant: Variant, target: Shape) -> tuple[torch.Tensor, Geometry]:
+    """Return the pixels, fp32 [3, height, width] in [-1, 1], and the geometry of exactly them.
 
     One resampling: Lanczos with a support that grows with the scale, so that it averages areas when it scales down.
     """
@@ -77,12 +82,18 @@ def transform(picture: Image.Image, variant: Variant, target: Shape) -> tuple[to
         min((variant.top + height) * y, picture.height),
     )
     seen = picture.resize(target, Image.Resampling.LANCZOS, box=box)
-    left = variant.left
     if variant.flip:
         seen = seen.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        left = variant.scaled[0] - width - variant.left  # what is cut off at the left is now what was at the right
     pixels = torch.from_numpy(np.array(seen, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-    return pixels, Conditioning(original=picture.size, crop=(left, variant.top), target=target)
+    return pixels, geometry(picture.size, variant, target)
+
+
+def geometry(original: Shape, variant: Variant, target: Shape) -> Geometry:
+    """Return the geometry of one variant of an image of the size `original`."""
+    left = variant.left
+    if variant.flip:
+        left = variant.scaled[0] - target[0] - variant.left  # what is cut off at the left was at the right
+    return Geometry(original=original, crop=(left, variant.top), target=target)
 
 
 def _placed(image: LockedImage, scaled: Shape, place: tuple[float, float], *, flip: bool) -> Variant:

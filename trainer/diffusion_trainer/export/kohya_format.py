@@ -14,8 +14,10 @@ from diffusion_api.method import LoRA
 from diffusion_trainer import tensorfile
 from diffusion_trainer.export.adapter_names import DOWN, UP, kohya_unet, modules
 from diffusion_trainer.models.base import Family
+from diffusion_trainer.objective import DiscreteProcess
 
 FILE = "lora.safetensors"
+_PREDICTIONS = {"Epsilon": "epsilon", "VPrediction": "v", "Sample": "sample"}
 _LEGACY_OFFSET, _LEGACY_LENGTH = 0x100000, 0x10000
 
 
@@ -80,7 +82,8 @@ def _training_metadata(lora: LoRA, family: Family, spec: TrainerSpec) -> dict[st
 
 def _model_spec(family: Family, spec: TrainerSpec) -> dict[str, str]:
     """Return the SAI model specification 1.0.1, without its date: equal weights give equal files."""
-    prediction = {"Epsilon": "epsilon", "VPrediction": "v", "Sample": "sample"}
+    process = family.process
+    prediction = _PREDICTIONS[process.prediction_type] if isinstance(process, DiscreteProcess) else "flow"
     resolution = spec.dataset.resolution
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -88,7 +91,7 @@ def _model_spec(family: Family, spec: TrainerSpec) -> dict[str, str]:
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": "LoRA",
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": prediction[family.noise_schedule().prediction_type],
+        "modelspec.prediction_type": prediction,
     }
 
 

@@ -12,15 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusion_trainer.models.base import Family, NoiseSchedule
+    from diffusion_trainer.models.base import Family
     from diffusion_trainer.models.fetching import fetch_model
     from diffusion_trainer.models.lora import add_lora, trainable
     from diffusion_trainer.models.opening import open_model
 
-__all__ = ["Family", "NoiseSchedule", "add_lora", "fetch_model", "open_model", "trainable"]
+__all__ = ["Family", "add_lora", "fetch_model", "open_model", "trainable"]
 
 _ROOMS = {
-    "base": ("Family", "NoiseSchedule"),
+    "base": ("Family",),
     "fetching": ("fetch_model",),
     "lora": ("add_lora", "trainable"),
     "opening": ("open_model",),

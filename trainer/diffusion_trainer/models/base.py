@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from diffusion_api.model import Family as FamilyName
+from diffusion_trainer.objective import Process
 
 Targets = Literal["Attention", "AttentionAndFeedForward"]
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseSchedule:
-    """The forward process of a family.
-
-    alphas_cumprod: fp32 [T] on the CPU; prediction_type as in the API; config: of the model's own noise scheduler.
-    """
-
-    alphas_cumprod: torch.Tensor
-    prediction_type: Literal["Epsilon", "VPrediction", "Sample"]
-    config: Mapping[str, Any]
+Conditioning: TypeAlias = Mapping[str, Tensor]
+"""What the denoiser is told besides image and time: tensors [B, ...] by names that are the family's own."""
 
 
 class Family(Protocol):
-    """One loaded model. Encoders run in fp32 and without gradients; the denoiser in the dtype it was opened with."""
+    """One loaded model. Encoders run in fp32; the denoiser in the dtype it was opened with."""
 
     @property
-    def name(self) -> Literal["SD1"]:
+    def name(self) -> FamilyName:
         """Return the family's name in the API."""
         ...
 
     @property
     def denoiser(self) -> nn.Module:
-        """Return the network that is trained: `denoiser(latents, timesteps, text).sample` is [B, 4, h, w]."""
+        """Return the network that is trained. It is called through `predict` only."""
+        ...
+
+    @property
+    def text_encoders(self) -> Mapping[str, nn.Module]:
+        """Return the text encoders by their folders in the model; none for a family without text."""
+        ...
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        """Return the tokenizers (of transformers) by their folders in the model."""
         ...
 
     @property
@@ -50,26 +52,58 @@ class Family(Protocol):
 
     @property
     def latent_scale(self) -> int:
-        """Return how many pixels one latent is wide: 8."""
+        """Return how many pixels one latent is wide: 8, or 1 where the latents are the pixels."""
         ...
 
-    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and standard deviation of the posterior, times the VAE's scaling factor.
+    @property
+    def latent_channels(self) -> int:
+        """Return the channels of the latents, C."""
+        ...
 
-        pixels: [B, 3, H, W] in [-1, 1]; both results: fp32 [B, 4, H/8, W/8], on the CPU.
+    @property
+    def process(self) -> Process:
+        """Return the forward process that is trained: the model's own, predicting what the job asks for."""
+        ...
+
+    @property
+    def conditioning_names(self) -> tuple[str, ...]:
+        """Return the names of what `encode_text` and `encode_tokens` return."""
+        ...
+
+    @property
+    def token_names(self) -> tuple[str, ...]:
+        """Return the names of what `tokenize` returns."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the posterior, shifted and scaled as the denoiser wants latents.
+
+        pixels: [B, 3, H, W] in [-1, 1]; both results: fp32 [B, C, H/scale, W/scale], on the CPU.
         """
         ...
 
-    def encode_text(self, captions: Sequence[str]) -> torch.Tensor:
-        """Return the conditioning of captions, fp32 [B, 77, D], on the CPU. Longer captions are cut at 77 tokens."""
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the conditioning of captions, fp32 [B, ...], on the CPU, without gradients. Long captions are cut."""
         ...
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the images of scaled latents [B, 4, h, w] as uint8 [B, H, W, 3], on the CPU."""
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the tokens of captions, int64 [B, length], on the CPU."""
         ...
 
-    def noise_schedule(self) -> NoiseSchedule:
-        """Return the forward process."""
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the conditioning of `tokenize`'s tokens where the text encoders are; gradients pass through."""
+        ...
+
+    def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, geometry: Tensor) -> Tensor:
+        """Return what the denoiser answers, [B, C, h, w]. The caller opens autocast.
+
+        noisy: fp32 [B, C, h, w]; times: [B], of `process`; conditioning: as from `encode_text`; geometry: fp32 [B, 6],
+        of the crop: original height and width, top and left, height and width. All on the denoiser's device.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images of scaled latents [B, C, h, w] as uint8 [B, H, W, 3], on the CPU."""
         ...
 
     def lora_target_modules(self, targets: Targets) -> list[str]:
@@ -81,7 +115,7 @@ class Family(Protocol):
         ...
 
     def text_hash(self) -> str:
-        """Return the sha256 of everything that decides what `encode_text` returns."""
+        """Return the sha256 of everything that decides what `encode_text` and `tokenize` return."""
         ...
 
     def weight_files(self) -> dict[str, Path]:
@@ -93,5 +127,5 @@ class Family(Protocol):
         ...
 
     def release_encoders(self) -> None:
-        """Move VAE and text encoder to the CPU, out of the denoiser's way. They come back by themselves when used."""
+        """Move VAE and text encoders to the CPU, out of the denoiser's way. They come back by themselves when used."""
         ...

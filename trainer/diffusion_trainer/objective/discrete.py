@@ -1,15 +1,19 @@
-"""What the denoiser is asked for, and how far off it was. Pure functions in fp32; nothing random is drawn here.
+"""Diffusion in discrete timesteps: SD1, SD2, SDXL, and unconditional models.
 
 DDPM notation (Ho et al. 2020, arXiv 2006.11239): `a` is alphas_cumprod at a timestep, x0 the latents, n the noise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from diffusion_trainer.objective.drawing import Sampling, uniform_or_logit_normal
 
 Prediction = Literal["Epsilon", "VPrediction", "Sample"]
 """What a denoiser predicts, in the words of the API; Flow has no noise schedule of this kind."""
@@ -55,28 +59,54 @@ def sample_losses(prediction: Tensor, wanted: Tensor) -> Tensor:
     return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
 
 
+@dataclass(frozen=True, slots=True)
+class DiscreteProcess:
+    """The forward process of a model with a noise schedule.
+
+    alphas_cumprod: fp32 [T] on the CPU; prediction_type: what is predicted; config: of the model's noise scheduler.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: Prediction
+    config: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
-class Objective:
-    """The objective of one run, with its tables (one value per timestep) on the device, so that no step waits."""
+class DiscreteObjective:
+    """The objective on a noise schedule; see `objective.base.Objective`. Tables have one value per timestep."""
 
     alphas: Tensor
-    weights: Tensor
+    weight_of_each: Tensor
     prediction: Prediction
+    sampling: Sampling = "Uniform"
+    times_dtype: torch.dtype = torch.int64
 
     @classmethod
     def of(
-        cls, alphas_cumprod: Tensor, *, prediction: Prediction, gamma: float | None, device: torch.device
-    ) -> Objective:
+        cls, alphas_cumprod: Tensor, *, prediction: Prediction, gamma: float | None, sampling: Sampling = "Uniform"
+    ) -> DiscreteObjective:
         """Return the objective of a model's noise schedule `alphas_cumprod` [T]; the tables are computed in fp64."""
         alphas = alphas_cumprod.double().cpu()
         weights = snr_weights(alphas, gamma=gamma, prediction=prediction)
-        return cls(alphas.float().to(device), weights.float().to(device), prediction)
+        return cls(alphas.float(), weights.float(), prediction, sampling)
 
-    def noisy(self, latents: Tensor, noise: Tensor, *, timesteps: Tensor) -> Tensor:
-        """Return the denoiser's input [B,C,H,W]."""
-        return add_noise(latents, noise, alphas=self.alphas[timesteps])
+    def draw(self, numbers: np.random.Generator) -> int:  # noqa: D102 - as in `Objective`; likewise below
+        steps = len(self.alphas)
+        if self.sampling == "Uniform":
+            return int(numbers.integers(steps))
+        return min(int(uniform_or_logit_normal(numbers, self.sampling) * steps), steps - 1)
 
-    def errors(self, prediction: Tensor, latents: Tensor, noise: Tensor, *, timesteps: Tensor) -> Tensor:
-        """Return the mean squared error of each sample, [B], without its weight."""
-        wanted = target(latents, noise, alphas=self.alphas[timesteps], prediction=self.prediction)
-        return sample_losses(prediction, wanted)
+    def validation_times(self, bins: int) -> tuple[int, ...]:  # noqa: D102
+        return tuple((2 * number + 1) * len(self.alphas) // (2 * bins) for number in range(bins))
+
+    def noisy(self, latents: Tensor, noise: Tensor, *, times: Tensor) -> Tensor:  # noqa: D102
+        return add_noise(latents, noise, alphas=self.alphas[times])
+
+    def errors(self, prediction: Tensor, latents: Tensor, noise: Tensor, *, times: Tensor) -> Tensor:  # noqa: D102
+        return sample_losses(prediction, target(latents, noise, alphas=self.alphas[times], prediction=self.prediction))
+
+    def weights(self, times: Tensor) -> Tensor:  # noqa: D102
+        return self.weight_of_each[times]
+
+    def to(self, device: torch.device | str) -> Self:  # noqa: D102
+        return replace(self, alphas=self.alphas.to(device), weight_of_each=self.weight_of_each.to(device))

@@ -1,4 +1,4 @@
-"""Sample pictures while training: the same prompts from the same noise, with the weights as they are in memory."""
+"""A picture for each prompt, and all of them in one file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,13 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from diffusion_api.validation import SamplePrompt
 from diffusion_trainer.data.lock import Shape
-from diffusion_trainer.models.base import Family, NoiseSchedule
+from diffusion_trainer.data.transforms import Geometry
+from diffusion_trainer.models.base import Family
 from diffusion_trainer.rng import Purpose, stream
+from diffusion_trainer.sampling.samplers import denoised, sampler_name
 
-SAMPLER = "DDIM"
-_LATENT_CHANNELS = 4
 _LABEL_HEIGHT = 18
 _GAP = 4
-_PREDICTIONS = {"Epsilon": "epsilon", "VPrediction": "v_prediction", "Sample": "sample"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ class SampleGrid:
 def sample_grid(family: Family, prompts: Sequence[SamplePrompt], *, size: Shape) -> SampleGrid:
     """Draw one picture for each prompt, of which there must be one; `size` is (width, height) in pixels.
 
-    DDIM with classifier-free guidance. The noise is a function of the prompt's seed alone, so pictures of different
+    The noise is a function of the prompt's seed alone, so pictures of different
     steps can be compared. The denoiser is left in the mode (train or eval) it was in, and the encoders on the CPU.
     """
     if not prompts:
@@ -61,14 +59,21 @@ def sample_grid(family: Family, prompts: Sequence[SamplePrompt], *, size: Shape)
     with _evaluating(family):
         texts = family.encode_text([text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)])
         family.release_encoders()
-        shape = (_LATENT_CHANNELS, size[1] // family.latent_scale, size[0] // family.latent_scale)
+        shape = (family.latent_channels, size[1] // family.latent_scale, size[0] // family.latent_scale)
         latents = [
-            _denoised(family, prompt, texts[2 * i : 2 * i + 2], _noise(prompt.seed, shape))
+            denoised(
+                family,
+                _noise(prompt.seed, shape),
+                {name: rows[2 * i : 2 * i + 2] for name, rows in texts.items()},
+                geometry=Geometry(original=size, crop=(0, 0), target=size).numbers(),
+                steps=prompt.steps,
+                guidance=prompt.guidance_scale,
+            )
             for i, prompt in enumerate(prompts)
         ]
         pictures = tuple(Image.fromarray(family.decode(one)[0].numpy()) for one in latents)
         family.release_encoders()
-    return SampleGrid(pictures, tuple(_parameters(prompt, size) for prompt in prompts))
+    return SampleGrid(pictures, tuple(_parameters(prompt, size, sampler_name(family.process)) for prompt in prompts))
 
 
 @contextmanager
@@ -87,54 +92,13 @@ def _noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(numbers)
 
 
-def _denoised(family: Family, prompt: SamplePrompt, text: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return [1, 4, h, w] from noise; `text` is [2, 77, D]: negative prompt, prompt."""
-    scheduler = _scheduler(family.noise_schedule())
-    scheduler.set_timesteps(prompt.steps)
-    guided = prompt.guidance_scale != 1
-    text = (text if guided else text[1:]).to(family.device)
-    latents = latents.to(family.device)
-    for timestep in scheduler.timesteps:  # on the CPU: nothing here waits for the GPU
-        prediction = _predicted(family, latents.expand(len(text), -1, -1, -1), int(timestep), text)
-        if guided:
-            without, along = prediction.chunk(2)
-            prediction = without + prompt.guidance_scale * (along - without)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return latents
-
-
-def _predicted(family: Family, latents: torch.Tensor, timestep: int, text: torch.Tensor) -> torch.Tensor:
-    times = torch.full((len(text),), timestep, device=family.device)
-    mixed = family.dtype != torch.float32
-    with torch.autocast(family.device.type, dtype=family.dtype if mixed else torch.bfloat16, enabled=mixed):
-        prediction: torch.Tensor = family.denoiser(latents, times, text).sample
-    return prediction.float()
-
-
-def _scheduler(schedule: NoiseSchedule) -> Any:
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(
-        num_train_timesteps=len(schedule.alphas_cumprod),
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=_PREDICTIONS[schedule.prediction_type],
-        # With no signal at all at the last timestep, sampling has to begin exactly there (arXiv 2305.08891).
-        timestep_spacing="trailing" if schedule.alphas_cumprod[-1] == 0 else "leading",
-    )
-    scheduler.alphas_cumprod = schedule.alphas_cumprod
-    scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
-    return scheduler
-
-
-def _parameters(prompt: SamplePrompt, size: Shape) -> str:
+def _parameters(prompt: SamplePrompt, size: Shape, sampler: str) -> str:
     """Return AUTOMATIC1111's `parameters` text: prompt, negative prompt if there is one, settings."""
     lines = [prompt.prompt]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     lines.append(
-        f"Steps: {prompt.steps}, Sampler: {SAMPLER}, CFG scale: {prompt.guidance_scale:g}, Seed: {prompt.seed}, "
+        f"Steps: {prompt.steps}, Sampler: {sampler}, CFG scale: {prompt.guidance_scale:g}, Seed: {prompt.seed}, "
         f"Size: {size[0]}x{size[1]}"
     )
     return "\n".join(lines)

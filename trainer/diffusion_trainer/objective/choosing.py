@@ -1,0 +1,52 @@
+"""From what a job asks for, and what its model is, to an objective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from diffusion_api.training import Objective as Asked
+from diffusion_trainer.errors import BadConfig
+from diffusion_trainer.objective.base import Objective, Process
+from diffusion_trainer.objective.discrete import DiscreteObjective
+from diffusion_trainer.objective.flow import FlowObjective, FlowProcess
+
+
+def process_as_asked(process: Process, asked: Asked) -> Process:
+    """Return the process that is trained, sampled and exported: the model's own, predicting what is asked for.
+
+    Raises:
+        BadConfig: the model's process cannot predict that, or has no shift.
+
+    """
+    wanted = asked.prediction_type
+    if isinstance(process, FlowProcess):
+        if wanted not in {"Auto", "Flow"}:
+            raise BadConfig(f"training.objective.predictionType is {wanted}, but the model is a flow; use Auto")
+        return process
+    if wanted == "Flow":
+        raise BadConfig("training.objective.predictionType is Flow, but the model is no flow; use Auto")
+    if asked.shift is not None:
+        raise BadConfig(
+            f"training.objective.shift is {asked.shift:g}, but only flow models have one; leave it out, or use a "
+            "model of family SD3"
+        )
+    process = process if wanted == "Auto" else replace(process, prediction_type=wanted)
+    if process.prediction_type == "Epsilon" and process.alphas_cumprod[-1] == 0:
+        raise BadConfig(
+            "training.objective.predictionType: the model's noise schedule ends without any signal "
+            "(rescale_betas_zero_snr), where the noise says nothing of the image; use VPrediction"
+        )
+    return process
+
+
+def objective_of(process: Process, asked: Asked) -> Objective:
+    """Return the objective, its tables on the CPU. `snrGamma` is not defined for flows, and weighs nothing there."""
+    if isinstance(process, FlowProcess):
+        sampling = "LogitNormal" if asked.timestep_sampling == "Auto" else asked.timestep_sampling
+        return FlowObjective(process.shift if asked.shift is None else asked.shift, sampling)
+    return DiscreteObjective.of(
+        process.alphas_cumprod,
+        prediction=process.prediction_type,
+        gamma=asked.snr_gamma,
+        sampling="Uniform" if asked.timestep_sampling == "Auto" else asked.timestep_sampling,
+    )

@@ -1,0 +1,8 @@
+"""Sample pictures while training: the same prompts from the same noise, with the weights as they are in memory.
+
+Belongs here: samplers, grids, the text in their files. Does not belong here: where pictures go (`evaluation`).
+"""
+
+from diffusion_trainer.sampling.grid import SampleGrid, sample_grid
+
+__all__ = ["SampleGrid", "sample_grid"]
