@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from diffusion_api import names
+from diffusion_api import combinations, names
 from diffusion_api.dataset import Dataset
 from diffusion_api.meta import ApiModel, Cel, cel
 from diffusion_api.method import MEMBERS, DreamBooth, FineTune, LoRA, Method, TextualInversion
-from diffusion_api.model import Model
+from diffusion_api.model import Family, Model
 from diffusion_api.output import Credentials, Output
 from diffusion_api.resources import Notification, PodOverrides, Resources, RunPolicy
 from diffusion_api.training import DEFAULTS, Training
@@ -50,21 +51,13 @@ def _spec_rules() -> list[Cel]:
             expression=True,
         ),
         Cel(
-            "!has(self.model.family) || self.model.family == 'Auto' || "
-            "(self.method == 'Unconditional') == (self.model.family == 'UNet2D')",
-            '"method " + self.method + " cannot train family " + self.model.family + ": Unconditional goes with '
-            'UNet2D, every other method with SD1, SD2, SDXL or SD3"',
-            expression=True,
-            field=".model.family",
+            "!has(self.lora) || !has(self.dreamBooth) || !has(self.dreamBooth.adapter) || self.dreamBooth.adapter != "
+            "'None'",
+            "lora: dreamBooth.adapter is None, so there is no adapter: remove lora, or use adapter: LoRA",
+            field=".lora",
         ),
-        Cel(
-            "!has(self.output.formats) || !('Kohya' in self.output.formats) || self.method == 'LoRA' || "
-            "self.method == 'DreamBooth'",
-            '"output.formats has Kohya, which is a format for adapters, but method " + self.method + " trains none: '
-            'use SingleFile"',
-            expression=True,
-            field=".output.formats",
-        ),
+        *combinations.fit_rules(),
+        *combinations.format_rules(),
     ]
     rules.extend(
         Cel(f"self.{name} == oldSelf.{name}", f"{name} {_HOW_TO_CHANGE}", field=f".{name}") for name in _IMMUTABLE
@@ -107,8 +100,7 @@ class TrainerSpec(ApiModel):
 
     @model_validator(mode="after")
     def _members_belong(self) -> TrainerSpec:
-        adapters = self.method in {"LoRA", "DreamBooth"}
-        if self.lora and not adapters:
+        if self.lora and self.method not in {"LoRA", "DreamBooth"}:
             raise ValueError(f"lora does not belong to method {self.method}: remove it, or set method: LoRA")
         for method in ("DreamBooth", "FineTune", "TextualInversion"):
             member = MEMBERS[method]
@@ -119,16 +111,15 @@ class TrainerSpec(ApiModel):
                 )
             if not given and self.method == method != "FineTune":
                 raise ValueError(f"method {method} needs the section {member}")
-        if self.model.family != "Auto" and (self.method == "Unconditional") != (self.model.family == "UNet2D"):
+        if self.lora and self.dream_booth and self.dream_booth.adapter == "None":
             raise ValueError(
-                f"method {self.method} cannot train family {self.model.family}: Unconditional goes with UNet2D, "
-                "every other method with SD1, SD2, SDXL or SD3"
+                "lora: dreamBooth.adapter is None, so there is no adapter: remove lora, or use adapter: LoRA"
             )
-        if "Kohya" in self.output.formats and not adapters:
-            raise ValueError(
-                f"output.formats has Kohya, which is a format for adapters, but method {self.method} trains none: "
-                "use SingleFile"
-            )
+        if self.model.family != "Auto":
+            for path, _, reason in self.misfits(self.model.family):
+                raise ValueError(reason if path == "method" else f"{path}: {reason}")
+        for name, reason in combinations.unwritable(self.method, self.trains, self.output.formats):
+            raise ValueError(f"output.formats: {name}: {reason}")
         return self
 
     def member(self, method: str) -> ApiModel | None:
@@ -140,6 +131,19 @@ class TrainerSpec(ApiModel):
             "TextualInversion": self.textual_inversion,
         }
         return sections.get(method)
+
+    @property
+    def trains(self) -> combinations.Kind:
+        """What is trained, and comes out."""
+        if self.method == "TextualInversion":
+            return "Embedding"
+        whole = self.dream_booth.adapter == "None" if self.dream_booth else self.method != "LoRA"
+        return "Weights" if whole else "Adapter"
+
+    def misfits(self, family: Family) -> Iterator[tuple[str, object, str]]:
+        """Yield (path, value, reason and remedy) of what the job asks for and a model of that family cannot do."""
+        parts = self.fine_tune.parts if self.fine_tune else None
+        return combinations.misfits(self.method, family, trains_text=self.model.text_encoder.train, parts=parts)
 
     @property
     def batch_size(self) -> int:
@@ -165,6 +169,9 @@ class TrainerSpec(ApiModel):
         included = {"method", "lora", "dream_booth", "fine_tune", "textual_inversion", "model", "dataset", "training"}
         content = self.model_dump(mode="json", by_alias=True, include=included)
         content["training"].pop("microBatchSize")
+        content["training"].pop("microBatchSize")
+        if self.validation.early_stopping:  # then evaluations decide which weights are exported
+            content["validation"] = self.validation.model_dump(mode="json", include={"every_steps", "early_stopping"})
         content["defaults"] = DEFAULTS[self.method].model_dump(mode="json")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

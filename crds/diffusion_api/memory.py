@@ -150,11 +150,8 @@ def _changed(spec: TrainerSpec, section: str, **changes: Any) -> TrainerSpec:
 
 
 def _trained(spec: TrainerSpec) -> Trained:
-    if spec.method in {"LoRA", "TextualInversion"}:
-        return "Adapter"  # for an inversion, gradients pass through the frozen denoiser as they do to adapters
-    if spec.dream_booth is not None:
-        return "Adapter" if spec.dream_booth.adapter == "LoRA" else "Denoiser"
-    return "Denoiser"
+    # For an inversion, gradients pass through the frozen denoiser as they do to adapters.
+    return "Denoiser" if spec.trains == "Weights" else "Adapter"
 
 
 def _trained_parameters(spec: TrainerSpec, network: Network, trained: Trained) -> float:

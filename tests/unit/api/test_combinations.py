@@ -1,0 +1,83 @@
+"""What goes together: every method with every family and every format, as a table."""
+
+import itertools
+
+import pytest
+
+from diffusion_api import combinations
+from diffusion_api.job import TrainerSpec
+
+SECTIONS = {
+    "DreamBooth": {"dreamBooth": {"instancePrompt": "a photo of sks dog", "classPrompt": "a dog"}},
+    "TextualInversion": {"textualInversion": {"token": "<a>", "initializerToken": "a"}},
+}
+METHODS = tuple(combinations.FAMILIES)
+FAMILIES = (*combinations.TEXT_TO_IMAGE, "UNet2D")
+
+
+def spec(method, *, formats=("Diffusers",), family="Auto", **sections):
+    content = {
+        "method": method,
+        "model": {"source": "s3://m/x/", "family": family},
+        "dataset": {"source": "s3://d/x/"},
+        "output": {"destination": "s3://o/x/", "formats": list(formats)},
+        **SECTIONS.get(method, {}),
+    }
+    return TrainerSpec.model_validate(content | sections)
+
+
+@pytest.mark.parametrize(("method", "family"), list(itertools.product(METHODS, FAMILIES)))
+def test_families(method, family):
+    """Words for pictures with words, UNet2D without; a new word would need a file for T5, too."""
+    fits = (method == "Unconditional") == (family == "UNet2D") and (method, family) != ("TextualInversion", "SD3")
+    if fits:
+        assert spec(method, family=family)
+        return
+    with pytest.raises(ValueError, match=f"method {method} cannot train family {family}: .*use"):
+        spec(method, family=family)
+
+
+@pytest.mark.parametrize(
+    ("method", "sections", "kind", "formats"),
+    [
+        ("LoRA", {}, "Adapter", {"Diffusers", "Kohya", "SingleFile"}),
+        ("DreamBooth", {}, "Adapter", {"Diffusers", "Kohya", "SingleFile"}),
+        (
+            "DreamBooth",
+            {"dreamBooth": {"instancePrompt": "a", "classPrompt": "b", "adapter": "None"}},
+            "Weights",
+            {"Diffusers", "SingleFile"},
+        ),
+        ("FineTune", {}, "Weights", {"Diffusers", "SingleFile"}),
+        ("FromScratch", {}, "Weights", {"Diffusers", "SingleFile"}),
+        ("Unconditional", {}, "Weights", {"Diffusers"}),
+        ("TextualInversion", {}, "Embedding", {"Diffusers", "Kohya"}),
+    ],
+)
+def test_formats(method, sections, kind, formats):
+    assert spec(method, **sections).trains == kind
+    for name in ("Diffusers", "Kohya", "SingleFile"):
+        if name in formats:
+            assert spec(method, formats=[name], **sections)
+        else:
+            with pytest.raises(ValueError, match=f"output.formats: {name}: .*use"):
+                spec(method, formats=[name], **sections)
+
+
+@pytest.mark.parametrize(
+    ("family", "sections", "message"),
+    [
+        ("SD3", {"model": {"textEncoder": {"train": True}}}, "model.textEncoder.train: family SD3 has T5"),
+        ("SD3", {"fineTune": {"parts": "CrossAttention"}}, "fineTune.parts: family SD3 has joint attention"),
+    ],
+)
+def test_parts_that_a_family_has_not(family, sections, message):
+    model = {"source": "s3://m/x/", "family": family} | sections.get("model", {})
+    with pytest.raises(ValueError, match=message):
+        spec("FineTune", **(sections | {"model": model}))
+    assert spec("FineTune", **(sections | {"model": model | {"family": "SDXL"}}))
+
+
+def test_an_adapters_section_without_an_adapter():
+    with pytest.raises(ValueError, match=r"lora: dreamBooth.adapter is None"):
+        spec("DreamBooth", dreamBooth={"instancePrompt": "a", "adapter": "None", "classPrompt": "b"}, lora={"rank": 4})
