@@ -41,6 +41,7 @@ class Cause(StrEnum):
     PREEMPTED = "Preempted"
     SUSPENDED = "Suspended"
     NODE_LOST = "NodeLost"
+    NO_CAPACITY = "NoCapacity"
     CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
     COLLECTIVE_TIMEOUT = "CollectiveTimeout"
     GPU_FAULT = "GPUFault"
@@ -151,6 +152,13 @@ OUTCOMES: tuple[Outcome, ...] = (
         "set spec.suspend: false to go on",
     ),
     Outcome(Cause.NODE_LOST, Action.RESUME, None, "the node stopped answering or is gone", ""),
+    Outcome(
+        Cause.NO_CAPACITY,
+        Action.RESUME,
+        None,
+        "no node came in time for the profile and capacity that were tried",
+        "the next of resources.alternatives is tried at once",
+    ),
     Outcome(
         Cause.CUDA_OUT_OF_MEMORY,
         Action.RETUNE,

@@ -8,9 +8,16 @@ from pydantic import Field
 
 from diffusion_api.meta import ApiModel, LocalName, LocalReference
 
+NodeCapacity = Literal["Spot", "OnDemand"]
+"""Kind of node that pods are really placed on."""
 Capacity = Literal["Spot", "OnDemand", "Any"]
+"""What a user asks for; Any is one after the other."""
 ShortText = Annotated[str, Field(max_length=253)]
 LabelMap = Annotated[dict[str, ShortText], Field(max_length=64)]
+
+
+MAX_ALTERNATIVES = 4
+"""The status keeps the profiles of all of them, and has 8 KiB."""
 
 
 class Alternative(ApiModel):
@@ -19,7 +26,7 @@ class Alternative(ApiModel):
     profile: LocalName
     """Name of a TrainingProfile."""
     capacity: Capacity = "OnDemand"
-    """Spot, on-demand or either."""
+    """As resources.capacity."""
 
 
 class Resources(ApiModel):
@@ -32,9 +39,13 @@ class Resources(ApiModel):
     gpus_per_node: Annotated[int, Field(ge=1, le=16)] = 1
     """GPUs, and so training processes, per pod."""
     capacity: Capacity = "OnDemand"
-    """Spot costs less and may be taken away at any time, which costs a job nothing but time."""
-    alternatives: Annotated[tuple[Alternative, ...], Field(max_length=8)] = ()
-    """Tried in order when the profile has no free GPUs. batchSize stays the same."""
+    """Spot costs less and may be taken away at any time, which costs a job nothing but time. Any is Spot first, and
+    OnDemand where no spot node comes within failoverSeconds or three were taken away within an hour."""
+    alternatives: Annotated[tuple[Alternative, ...], Field(max_length=MAX_ALTERNATIVES)] = ()
+    """Tried in order when the profile has no free GPUs. batchSize stays the same, the micro-batch follows the GPU."""
+    failover_seconds: Annotated[int, Field(ge=0, le=86400)] = 300
+    """Seconds that an attempt waits for nodes before the next alternative, or OnDemand after Spot, is tried; at most 60
+    of them where there is no such node at all. One that was given up is not tried again for half an hour."""
 
 
 class RunPolicy(ApiModel):

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from diffusion_api.job import Phase
 from diffusion_api.meta import ApiModel, Timestamp
+from diffusion_api.resources import MAX_ALTERNATIVES, NodeCapacity
 
 Text = Annotated[str, Field(max_length=1024)]
 
@@ -24,6 +25,8 @@ CONDITIONS = (
 MAX_ATTEMPTS = 10
 MAX_LAST_LINES = 1024
 MAX_EXCLUDED_NODES = 16
+MAX_CHOICES = 2 * (1 + MAX_ALTERNATIVES)
+"""Each with capacity Any is two."""
 
 
 class Condition(ApiModel):
@@ -133,6 +136,10 @@ class Attempt(ApiModel):
     """Last step that it was heard of."""
     nodes: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=64)] = ()
     """Nodes of its pods."""
+    profile: Annotated[str, Field(max_length=253)] = ""
+    """Profile that it used."""
+    capacity: Annotated[str, Field(max_length=16)] = ""
+    """Spot or OnDemand."""
     cause: Annotated[str, Field(max_length=64)] | None = None
     """Why it ended; docs/reference/causes.md."""
     exit_code: int | None = None
@@ -173,8 +180,10 @@ class Accounting(ApiModel):
     """GPU-seconds of work that had to be repeated."""
     goodput: float | None = None
     """Share of GPU time that went into steps that were kept, as of the end of the last attempt."""
-    estimated_cost: Annotated[str, Field(max_length=32)] | None = None
-    """Cost from the profile's price."""
+    costs: Annotated[dict[str, float], Field(max_length=8)] = Field(default_factory=dict)
+    """Cost by currency, from the price of the profile and capacity that each attempt used."""
+    estimated_cost: Annotated[str, Field(max_length=128)] | None = None
+    """The same as shown."""
 
 
 class ExcludedNode(ApiModel):
@@ -186,6 +195,39 @@ class ExcludedNode(ApiModel):
     """Attempts that start later may use it again."""
     reason: Annotated[str, Field(max_length=64)]
     """Cause of the attempt that failed there."""
+
+
+class Placement(ApiModel):
+    """Which of the choices in spec.resources is in use, and why."""
+
+    profile: Annotated[str, Field(max_length=253)]
+    """Name of the TrainingProfile."""
+    capacity: NodeCapacity
+    """Kind of node."""
+    since: Timestamp
+    """Since when this choice is in use."""
+    waits_since: Timestamp
+    """When the job began to wait for nodes, over all choices that were tried since it last ran."""
+    reason: Literal["First", "NoCapacity", "Preempted", "Again"]
+    """Why this one: the first of spec.resources; others had no nodes, or their nodes were taken away again and again;
+    or one that had been given up is tried again."""
+    message: Text = ""
+    """The same in words."""
+    retunes: int = 0
+    """Times the micro-batch was made smaller on this profile's GPU."""
+
+
+class UnavailableChoice(ApiModel):
+    """A profile and capacity that attempts pass over for a while."""
+
+    profile: Annotated[str, Field(max_length=253)]
+    """Name of the TrainingProfile."""
+    capacity: NodeCapacity
+    """Kind of node."""
+    until: Timestamp
+    """Attempts that start later may use it again."""
+    reason: Annotated[str, Field(max_length=64)]
+    """NoCapacity or Preempted."""
 
 
 class OutputFile(ApiModel):
@@ -237,13 +279,19 @@ class JobStatus(ApiModel):
     """When the next attempt may start, while a backoff runs."""
     micro_batch_size: int | None = None
     """Bound on the micro-batch, after a larger one did not fit."""
+    architecture: Annotated[str, Field(max_length=64)] | None = None
+    """Published network that the preflight found the base model to be; docs/reference/memory.md."""
     excluded_nodes: Annotated[tuple[ExcludedNode, ...], Field(max_length=MAX_EXCLUDED_NODES)] = ()
     """Nodes that attempts avoid because one failed there."""
     counters: Counters = Counters()
     """How often what happened."""
     accounting: Accounting | None = None
     """What it cost."""
-    profile: Annotated[dict[str, object], Field(max_length=64)] | None = None
-    """The profile as it was at the first attempt."""
+    placement: Placement | None = None
+    """Which of the choices in spec.resources is in use, and why."""
+    unavailable: Annotated[tuple[UnavailableChoice, ...], Field(max_length=MAX_CHOICES)] = ()
+    """Choices that attempts pass over for a while."""
+    profiles: Annotated[dict[str, dict[str, object]], Field(max_length=1 + MAX_ALTERNATIVES)] | None = None
+    """The profiles by name, as they were at the first attempt."""
     output: OutputStatus | None = None
     """What was exported."""

@@ -49,7 +49,6 @@ LIMITS = (
     Limit("training.objective.shift", (None,)),
     Limit("validation.earlyStopping", (None,)),
     Limit("output.hub", (None,)),
-    Limit("resources.alternatives", ([],)),
     Limit("notifications", ([],)),
 )
 

@@ -335,8 +335,7 @@ WAITS: tuple[Wait, ...] = (
         _C.CAPACITY_UNAVAILABLE,
         "",
         "the cloud has no machine of this kind to give at the moment",
-        "use another profile or zone, or a reservation; add spec.resources.alternatives so that the next job moves on "
-        "by itself",
+        "use another profile or zone, or a reservation; with spec.resources.alternatives a job moves on by itself",
     ),
     Wait(
         _C.AUTOSCALER_REFUSED,

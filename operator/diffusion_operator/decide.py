@@ -12,6 +12,7 @@ from diffusion_operator.policies.attempt_runs import attempt_runs
 from diffusion_operator.policies.attempt_starts import attempt_starts
 from diffusion_operator.policies.deletion import is_being_deleted
 from diffusion_operator.policies.departure import leaves_its_node
+from diffusion_operator.policies.failover import moves_on
 from diffusion_operator.policies.finished import stays_finished
 from diffusion_operator.policies.limits import limit_is_reached, seconds_to_next
 from diffusion_operator.policies.managed_by import is_somebody_elses
@@ -38,6 +39,7 @@ POLICIES: tuple[Policy, ...] = (  # the first answer wins
     limit_is_reached,  # deadlines and GPU-hours: stop after a checkpoint, then Failed
     hangs,  # no sign of life, and the trainer's own watchdog has not ended it: cause Hang
     leaves_its_node,  # a node that is about to go: save and go on elsewhere, before the machine is taken
+    moves_on,  # no node in time: the next of the choices in spec.resources
     attempt_ended,  # evidence -> cause -> complete, fail, go on at once, or back off
     attempt_runs,  # create missing pods, say why they wait or how far they are
     backs_off,  # not yet

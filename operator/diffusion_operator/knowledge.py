@@ -65,4 +65,8 @@ class Knowledge:
         """Return the uids of the jobs that ask for the profile."""
         name = profile["metadata"]["name"]
         wanted = [(job, (job.get("spec") or {}).get("resources") or {}) for job in self.jobs]
-        return [job["metadata"]["uid"] for job, resources in wanted if resources.get("profile") == name]
+        asked = (
+            (job, {resources.get("profile"), *(entry.get("profile") for entry in resources.get("alternatives") or ())})
+            for job, resources in wanted
+        )
+        return [job["metadata"]["uid"] for job, profiles in asked if name in profiles]

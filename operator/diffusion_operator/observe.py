@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from diffusion_api.resources import Resources
 from diffusion_operator.cluster import Cluster
 from diffusion_operator.knowledge import Knowledge
 from diffusion_operator.progress import ProgressSource
@@ -24,15 +25,23 @@ async def observe(
         if pod.waits_on_its_node or pod.unschedulable:
             events += await cluster.list_pod_events(pod.raw)
     around = await knowledge.around(cluster, now=now) if any(pod.unschedulable for pod in pods) else None
-    wanted = job.spec.resources.profile if job.spec is not None else ""
+    resources = job.spec.resources if job.spec is not None else None
+    others = {found["metadata"]["name"]: found for found in _alternatives(resources, knowledge)}
     return Observed(
         trainer_image=settings.trainer_image,
         preflight=settings.preflight,
         pods=pods,
-        profile=knowledge.profiles.named(wanted),
+        profile=knowledge.profiles.named(resources.profile if resources else ""),
+        alternatives=others,
         profile_names=tuple(profile["metadata"]["name"] for profile in knowledge.profiles),
         pod_events=tuple(events),
         around=around,
         heard=progress.heard(job.uid, attempt=job.status.attempt),
         refusal=knowledge.refusals.get(job.uid),
     )
+
+
+def _alternatives(resources: Resources | None, knowledge: Knowledge) -> list[Object]:
+    names = {alternative.profile for alternative in resources.alternatives} if resources else set()
+    found = (knowledge.profiles.named(name) for name in sorted(names))
+    return [profile for profile in found if profile is not None]

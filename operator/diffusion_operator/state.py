@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from diffusion_api import names
 from diffusion_api.job import JobSpec
 from diffusion_api.outcomes import ExitCode
+from diffusion_api.resources import Capacity
 from diffusion_api.run import LastWord, ProgressReport
 from diffusion_api.status import Attempt, Condition, JobStatus
 from diffusion_api.training_profile import ProfileSpec
@@ -302,7 +303,9 @@ class Observed:
     """Whether jobs are looked at before their first attempt."""
     pods: tuple[SeenPod, ...] = ()
     profile: Object | None = None
-    """The profile of that name, as it is now."""
+    """The job's first profile, as it is now."""
+    alternatives: Mapping[str, Object] = field(default_factory=dict)
+    """The profiles of its alternatives by name, as they are now; those that are missing are missing here."""
     profile_names: tuple[str, ...] = ()
     """Names of all profiles, for `did you mean`."""
     pod_events: tuple[Object, ...] = ()
@@ -336,22 +339,36 @@ class Case:
         return self.job.spec
 
     @cached_property
-    def snapshot(self) -> ProfileSpec | None:
-        """The profile as it was at the first attempt."""
-        if self.status.profile is None:
-            return None
-        return ProfileSpec.model_validate(self.status.profile, extra="ignore")
+    def snapshots(self) -> Mapping[str, ProfileSpec]:
+        """The profiles of all choices as they were at the first attempt, by name; empty before it."""
+        found = self.status.profiles or {}
+        return {name: ProfileSpec.model_validate(content, extra="ignore") for name, content in found.items()}
 
-    @property
-    def profile(self) -> ProfileSpec:
-        """The snapshot or, before the first attempt, the profile as it is now.
+    def offered(self, name: str) -> ProfileSpec:
+        """Return the snapshot of a profile or, before the first attempt, the profile as it is now.
 
         Raises:
             ValidationError: it is no profile; the policy for profiles refuses such a one.
         """
-        if self.snapshot is not None:
-            return self.snapshot
-        return ProfileSpec.model_validate((self.seen.profile or {}).get("spec") or {}, extra="ignore")
+        if name in self.snapshots:
+            return self.snapshots[name]
+        raw = self.seen.profile if name == self.spec.resources.profile else self.seen.alternatives.get(name)
+        return ProfileSpec.model_validate((raw or {}).get("spec") or {}, extra="ignore")
+
+    @property
+    def profile_name(self) -> str:
+        """Name of the profile in use: the first choice before the first attempt."""
+        return self.status.placement.profile if self.status.placement else self.spec.resources.profile
+
+    @property
+    def profile(self) -> ProfileSpec:
+        """The profile in use; see `offered`."""
+        return self.offered(self.profile_name)
+
+    @property
+    def capacity(self) -> Capacity:
+        """Kind of node in use; before the first attempt what the job asks for first."""
+        return self.status.placement.capacity if self.status.placement else self.spec.resources.capacity
 
     @property
     def processes(self) -> int:

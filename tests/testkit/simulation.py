@@ -19,10 +19,11 @@ from testkit.fakes import MemoryCluster, SilentProgress
 class Simulation:
     """One job, its operator, and what the test makes happen."""
 
-    def __init__(self, job: Object, *, profile: Object | None = None) -> None:
+    def __init__(self, job: Object, *, profile: Object | None = None, others: tuple[Object, ...] = ()) -> None:
         self.seconds = 0.0
         self.cluster = MemoryCluster()
-        self.cluster.add_profile(profile or make_profile())
+        for offered in (profile or make_profile(), *others):
+            self.cluster.add_profile(offered)
         self.cluster.add_job(job)
         self.uid: str = job["metadata"]["uid"]
         self.progress = SilentProgress()
@@ -85,6 +86,12 @@ class Simulation:
         spec = {**self.cluster.pods["team-a", name]["spec"], "nodeName": node}
         status = {"phase": "Running", "podIP": "10.0.0.7", "startTime": at(self.seconds), **container(running={})}
         self.cluster.set_pod(name, spec=spec, status=status)
+
+    def find_no_node(self, name: str, why: str) -> None:
+        """Let the scheduler say of the pod why it has no node: `1 Insufficient nvidia.com/gpu`."""
+        said = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+        message = f"0/1 nodes are available: {why}."
+        self.cluster.set_pod(name, status={"phase": "Pending", "conditions": [said | {"message": message}]})
 
     def end_pod(self, name: str, code: int, *, message: str = "", **status: Any) -> None:
         """Let the pod's container end now."""

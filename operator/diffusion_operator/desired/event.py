@@ -33,6 +33,7 @@ REASONS: dict[str, str] = {
     "AttemptStarted": "the pods of an attempt were asked for",
     "Running": "all pods of the attempt run",
     "Preempted": "the attempt had to make room; the next one starts at once and nothing is counted",
+    "MovedOn": "no node came in time for the profile and capacity that were tried; the next of them is",
     "AttemptFailed": "the attempt ended by a failure; the message says why",
     "AttemptSuspended": "the attempt was stopped because the job is suspended",
     "BackOff": "the next attempt waits",
@@ -102,6 +103,8 @@ def _of_attempt(attempt: Attempt) -> Iterator[Notice]:
     reason, kind = "AttemptFailed", WARNING
     if attempt.cause in {Cause.PREEMPTED, Cause.NODE_LOST}:
         reason, kind = "Preempted", NORMAL
+    elif attempt.cause == Cause.NO_CAPACITY:
+        reason, kind = "MovedOn", NORMAL
     elif attempt.cause == Cause.SUSPENDED:
         reason, kind = "AttemptSuspended", NORMAL
     text = f"attempt {attempt.number}: {attempt.cause}: {attempt.message}"

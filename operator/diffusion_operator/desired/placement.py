@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffusion_api.job import JobSpec
-from diffusion_api.resources import Toleration
+from diffusion_api.resources import NodeCapacity, Toleration
 from diffusion_api.training_profile import NodeRequirement, ProfileSpec
 from diffusion_operator.state import Object
 
@@ -13,13 +13,13 @@ HOSTNAME = "kubernetes.io/hostname"
 _NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
-def node_selector(spec: JobSpec, profile: ProfileSpec) -> dict[str, str]:
+def node_selector(spec: JobSpec, profile: ProfileSpec, *, capacity: NodeCapacity) -> dict[str, str]:
     """Return the labels that nodes must have; the profile's cannot be overridden."""
-    spot = profile.spot.node_selector if profile.spot and spec.resources.capacity == "Spot" else {}
+    spot = profile.spot.node_selector if profile.spot and capacity == "Spot" else {}
     return spec.pod_overrides.node_selector | spot
 
 
-def affinity(spec: JobSpec, profile: ProfileSpec, *, avoided: tuple[str, ...] = ()) -> Object:
+def affinity(profile: ProfileSpec, *, capacity: NodeCapacity, avoided: tuple[str, ...] = ()) -> Object:
     """Return the node affinity; empty without any.
 
     All requirements of the profile, none of the avoided nodes and, on demand, no spot node.
@@ -27,7 +27,7 @@ def affinity(spec: JobSpec, profile: ProfileSpec, *, avoided: tuple[str, ...] = 
     wanted = [_expression(requirement) for requirement in profile.node_affinity]
     if avoided:
         wanted.append({"key": HOSTNAME, "operator": "NotIn", "values": list(avoided)})
-    spot = profile.spot.node_selector if profile.spot and spec.resources.capacity == "OnDemand" else {}
+    spot = profile.spot.node_selector if profile.spot and capacity == "OnDemand" else {}
     # A spot node has all of the labels. Terms are alternatives: a node that lacks any one of them will do.
     terms = [[*wanted, {"key": key, "operator": "NotIn", "values": [value]}] for key, value in spot.items()]
     terms = terms or ([wanted] if wanted else [])
@@ -37,9 +37,9 @@ def affinity(spec: JobSpec, profile: ProfileSpec, *, avoided: tuple[str, ...] = 
     return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
 
 
-def tolerations(spec: JobSpec, profile: ProfileSpec) -> list[Object]:
+def tolerations(spec: JobSpec, profile: ProfileSpec, *, capacity: NodeCapacity) -> list[Object]:
     """Return all tolerations: the profile's, spot's unless on demand, the user's, and short ones for dead nodes."""
-    spot = profile.spot.tolerations if profile.spot and spec.resources.capacity != "OnDemand" else ()
+    spot = profile.spot.tolerations if profile.spot and capacity == "Spot" else ()
     given: list[Toleration] = [*profile.tolerations, *spot, *spec.pod_overrides.tolerations]
     dead = [
         Toleration(key=key, operator="Exists", effect="NoExecute", toleration_seconds=UNREACHABLE_SECONDS)

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusion_api import names
 from diffusion_api.job import JobSpec
-from diffusion_api.resources import EnvVar
+from diffusion_api.resources import EnvVar, NodeCapacity
 from diffusion_api.run import JobIdentity, Rendezvous, RunConfig
 from diffusion_api.training_profile import ProfileSpec
 from diffusion_operator.desired import placement
@@ -32,6 +32,8 @@ class Attempt:
     """Image where the profile names none."""
     avoided_nodes: tuple[str, ...] = ()
     """Nodes on which an earlier attempt failed."""
+    capacity: NodeCapacity = "OnDemand"
+    """Kind of node that this attempt uses."""
 
 
 def run_config(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attempt, rank: int) -> RunConfig:
@@ -76,11 +78,11 @@ def build(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attempt, ra
         },
         "containers": [_container(spec, profile, image=profile.image or attempt.trainer_image)],
         "volumes": _volumes(spec, profile),
-        "tolerations": placement.tolerations(spec, profile),
+        "tolerations": placement.tolerations(spec, profile, capacity=attempt.capacity),
     }
     optional = {
-        "nodeSelector": placement.node_selector(spec, profile),
-        "affinity": placement.affinity(spec, profile, avoided=attempt.avoided_nodes)
+        "nodeSelector": placement.node_selector(spec, profile, capacity=attempt.capacity),
+        "affinity": placement.affinity(profile, capacity=attempt.capacity, avoided=attempt.avoided_nodes)
         | _apart(job, spec, attempt.number),
         "runtimeClassName": profile.runtime_class_name,
         "serviceAccountName": spec.credentials.service_account_name,

@@ -24,8 +24,10 @@ def account(case: Case, status: JobStatus) -> JobStatus:
     if held == attempt.gpu_seconds:
         return status
     old = status.accounting or Accounting()
-    total = round(old.gpu_seconds + held - attempt.gpu_seconds, 1)
-    accounting = old.model_copy(update={"gpu_seconds": total, "estimated_cost": _cost(case, total)})
+    more = held - attempt.gpu_seconds
+    costs = _costs(case, old, more)
+    total = round(old.gpu_seconds + more, 1)
+    accounting = old.model_copy(update={"gpu_seconds": total, "costs": costs, "estimated_cost": _shown(costs)})
     return edit_attempt(status.model_copy(update={"accounting": accounting}), gpu_seconds=held)
 
 
@@ -88,9 +90,14 @@ def _gpu_seconds_of_a_step(case: Case, status: JobStatus, *, done: int) -> float
     return min(share, case.spec.batch_size / speed * case.gpus) if speed else share
 
 
-def _cost(case: Case, gpu_seconds: float) -> str | None:
-    price = case.snapshot.price if case.snapshot else None
-    if price is None:
-        return None
-    hourly = price.spot if case.spec.resources.capacity == "Spot" else price.on_demand
-    return None if hourly is None else f"{gpu_seconds / 3600 * hourly:.2f} {price.currency}"
+def _costs(case: Case, old: Accounting, gpu_seconds: float) -> dict[str, float]:
+    """Return the costs with those of so many more GPU-seconds of the open attempt, at its own price."""
+    price = case.profile.price
+    hourly = None if price is None else price.spot if case.capacity == "Spot" else price.on_demand
+    if price is None or hourly is None:
+        return old.costs
+    return old.costs | {price.currency: round(old.costs.get(price.currency, 0) + gpu_seconds / 3600 * hourly, 6)}
+
+
+def _shown(costs: dict[str, float]) -> str | None:
+    return " + ".join(f"{cost:.2f} {currency}" for currency, cost in sorted(costs.items())) or None

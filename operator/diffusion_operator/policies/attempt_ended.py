@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-from diffusion_api.outcomes import OF_CAUSE, Action
+from diffusion_api.outcomes import OF_CAUSE, Action, Cause
 from diffusion_api.run import LastWord
 from diffusion_api.status import MAX_LAST_LINES, JobStatus, OutputStatus
 from diffusion_operator import timestamps
 from diffusion_operator.policies.accounting import close_account
 from diffusion_operator.policies.attempt_starts import is_starting, open_next
+from diffusion_operator.policies.choices import retuned, without_earlier_waits
 from diffusion_operator.policies.evidence import Ending, ending_of
 from diffusion_operator.policies.faulty_nodes import exclude
 from diffusion_operator.policies.leftovers import leftovers
@@ -91,7 +92,9 @@ def close(case: Case, *, stopped_for: Ending | None = None) -> tuple[JobStatus, 
     )
     status = exclude(case, count(status, **verdict.counted), verdict.cause)
     if verdict.micro_batch_size is not None:
-        status = status.model_copy(update={"micro_batch_size": verdict.micro_batch_size})
+        status = retuned(status, verdict.micro_batch_size)
+    if verdict.cause == Cause.NO_CAPACITY:
+        status = without_earlier_waits(status)
     status = _say(status, case, "PodsReady", "AttemptEnded", f"attempt {attempt.number} has ended: {verdict.cause}")
     return status, verdict
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from diffusion_api.status import JobStatus
-from diffusion_operator.policies import attempt_starts
+from diffusion_operator.policies import attempt_starts, failover
 from diffusion_operator.policies.attempt_ended import nodes_of, seconds_to_stuck
 from diffusion_operator.policies.leftovers import leftovers
 from diffusion_operator.policies.pending import why_waiting
@@ -92,15 +92,17 @@ def _waits(case: Case, status: JobStatus, waiting: tuple[SeenPod, ...]) -> Decis
         rule="attemptRuns",
         status=status,
         delete=leftovers(case),
-        again_seconds=_again_seconds(waiting),
+        again_seconds=_again_seconds(case, waiting),
     )
 
 
-def _again_seconds(waiting: tuple[SeenPod, ...]) -> float | None:
+def _again_seconds(case: Case, waiting: tuple[SeenPod, ...]) -> float | None:
     if any(pod.waits_on_its_node for pod in waiting):
         return LOOK_AGAIN_SECONDS
     # A gated pod changes when its gates do; of one that no scheduler looks at there is no news to wait for.
-    return LOOK_AROUND_SECONDS if any(not pod.raw["spec"].get("schedulingGates") for pod in waiting) else None
+    gated = all(pod.raw["spec"].get("schedulingGates") for pod in waiting)
+    left = (None if gated else LOOK_AROUND_SECONDS, failover.seconds_left(case))
+    return min((seconds for seconds in left if seconds is not None), default=None)
 
 
 def _progresses(case: Case, status: JobStatus, pod: SeenPod) -> Decision:

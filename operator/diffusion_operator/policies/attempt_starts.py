@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffusion_api.status import MAX_ATTEMPTS, Attempt, JobStatus
 from diffusion_operator import timestamps
 from diffusion_operator.desired import pod, service
+from diffusion_operator.policies.choices import current, placed
 from diffusion_operator.policies.faulty_nodes import avoided
 from diffusion_operator.policies.leftovers import leftovers
 from diffusion_operator.policies.validation import accepted
@@ -34,16 +35,15 @@ def open_next(case: Case, status: JobStatus, *, rule: str) -> Decision:
         return Decision(rule=rule, status=status, delete=stopping, again_seconds=5)
     # Pods may be of later attempts than the status knows, where it was restored from a backup.
     number = max([status.attempt, *(found.attempt for found in case.seen.pods)]) + 1
-    attempt = Attempt(number=number, started_at=timestamps.to_text(case.now))
+    status, attempt = _placed_attempt(case, status, number=number)
     status = add_attempt(status, attempt, keep=MAX_ATTEMPTS)
     if number > 1:
         status = count(status, restarts=1)
     status = status.model_copy(
         update={
             "phase": "Scheduling",
-            "message": f"attempt {number} starts",
+            "message": f"attempt {number} starts{_where(status)}",
             "next_attempt_at": None,
-            "profile": case.profile.to_json_object(),
         }
     )
     generation = case.job.generation
@@ -54,6 +54,26 @@ def open_next(case: Case, status: JobStatus, *, rule: str) -> Decision:
             status, kind, "False", reason=STARTING, message=message, generation=generation, now=case.now
         )
     return Decision(rule=rule, status=status, create=services(case) + pods(case, status), delete=leftovers(case))
+
+
+def _placed_attempt(case: Case, status: JobStatus, *, number: int) -> tuple[JobStatus, Attempt]:
+    """Return the status with the choice of the attempt, and the attempt."""
+    status = placed(case, status)
+    if status.placement is None:
+        raise AssertionError("an attempt has a placement from here on")
+    attempt = Attempt(
+        number=number,
+        started_at=timestamps.to_text(case.now),
+        profile=status.placement.profile,
+        capacity=status.placement.capacity,
+    )
+    return status, attempt
+
+
+def _where(status: JobStatus) -> str:
+    """Return on what the attempt starts, where that is not what the user would rather have."""
+    placement = status.placement
+    return f" on {placement.message}" if placement is not None and placement.reason != "First" else ""
 
 
 def resumed(case: Case, status: JobStatus) -> JobStatus:
@@ -73,15 +93,17 @@ def resumed(case: Case, status: JobStatus) -> JobStatus:
 
 
 def pods(case: Case, status: JobStatus) -> tuple[Object, ...]:
-    """Return the manifests of all pods of the newest attempt: a function of job, status and profile alone."""
+    """Return the manifests of all pods of the newest attempt: a function of job, status and profiles alone."""
+    choice = current(case, status)
     attempt = pod.Attempt(
         number=status.attempt,
         micro_batch_size=status.micro_batch_size,
         trainer_image=case.seen.trainer_image,
         avoided_nodes=avoided(status, status.attempts[0]),
+        capacity=choice.capacity,
     )
     ranks = range(case.spec.resources.nodes)
-    profile = case.profile
+    profile = case.offered(choice.profile)
     return tuple(pod.build(case.job, case.spec, profile, attempt=attempt, rank=rank) for rank in ranks)
 
 

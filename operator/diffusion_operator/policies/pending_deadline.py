@@ -28,7 +28,10 @@ def waits_since(case: Case) -> datetime | None:
     waiting = [pod for pod in pods if pod.phase == "Pending" and pod.live(case.now)]
     if attempt is not None:
         missing = is_starting(case) and len(pods) < case.spec.resources.nodes
-        return timestamps.from_text(attempt.started_at) if waiting or missing else None
+        placement = case.status.placement
+        # Over all choices that were tried since the job last ran.
+        since = placement.waits_since if placement is not None else attempt.started_at
+        return timestamps.from_text(since) if waiting or missing else None
     created = [pod.raw["metadata"].get("creationTimestamp") for pod in waiting]
     return min((timestamps.from_text(text) for text in created if text), default=None)
 

@@ -19,7 +19,7 @@ from diffusion_operator.policies.attempt_runs import LOOK_AGAIN_SECONDS, LOOK_AR
 from diffusion_operator.policies.attempt_starts import open_next, resumed
 from diffusion_operator.policies.evidence import Ending, ending_of
 from diffusion_operator.policies.pending import why_preflight_waits
-from diffusion_operator.policies.resources import TOO_LITTLE_MEMORY
+from diffusion_operator.policies.resources import TOO_LITTLE_MEMORY, offers_of
 from diffusion_operator.policies.run_policy import EXHAUSTED, Verdict, backoff_seconds
 from diffusion_operator.policies.validation import accepted
 from diffusion_operator.state import Case, Decision, SeenPod
@@ -133,6 +133,7 @@ def _passed(case: Case, status: JobStatus, ending: Ending) -> Decision:
         status = _say(case, status, "False", TOO_LITTLE_MEMORY, problem)
         status = _set(case, status, "Validated", "False", TOO_LITTLE_MEMORY, problem)
         return Decision(rule=RULE, status=attempt_ended.finish(case, status, verdict))
+    status = status.model_copy(update={"architecture": report.architecture if report else None})
     warnings = "; ".join(ending.word.warnings) if ending.word else ""
     said = ending.word.message if ending.word else "preflight passed"
     status = _say(case, status, "True", "Passed", f"{said}; {warnings}" if warnings else said)
@@ -140,12 +141,13 @@ def _passed(case: Case, status: JobStatus, ending: Ending) -> Decision:
 
 
 def _too_large(case: Case, architecture: str | None) -> str | None:
-    """Return why the model that was found cannot be trained on the profile's GPU; None where it may be."""
-    profile = case.profile
+    """Return why the model that was found cannot be trained on the GPU of a profile; None where it may be."""
     known: Architecture | None = next((name for name in NETWORKS if name == architecture), None)
-    if known is None or profile.memory_gi_b is None or profile.device != "CUDA":
+    if known is None:
         return None
-    return too_large(case.spec, family=known, memory_gib=profile.memory_gi_b)
+    offers = ((offer, case.offered(offer.name).gpu_memory_gib) for offer in offers_of(case))
+    found = ((offer, too_large(case.spec, family=known, memory_gib=gib)) for offer, gib in offers if gib is not None)
+    return next((offer.says(problem) for offer, problem in found if problem), None)
 
 
 def _base(case: Case) -> JobStatus:

@@ -60,7 +60,7 @@ def judge(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
 def _judge(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
     action = OF_CAUSE[ending.cause].action
     if action == Action.RESUME:
-        counted = {"preemptions": 1} if ending.cause != Cause.SUSPENDED else {}
+        counted = {"preemptions": 1} if ending.cause not in {Cause.SUSPENDED, Cause.NO_CAPACITY} else {}
         return _verdict(Action.RESUME, ending, counted=counted)
     if action in {Action.BACK_OFF, Action.IGNORE}:
         # Ignored is what a fenced attempt says; that its successor must be started is not.
@@ -102,7 +102,8 @@ def _retry(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
 
 def _retune(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
     tried = _tried_micro_batch(status, spec, ending)
-    if status.counters.out_of_memory_retunes >= RETUNE_BUDGET or tried == 1:
+    retunes = status.placement.retunes if status.placement else status.counters.out_of_memory_retunes
+    if retunes >= RETUNE_BUDGET or tried == 1:
         message = f"{ending.message} (micro-batch at most {tried}): {OF_CAUSE[ending.cause].remedy}"
         return _verdict(Action.FAIL, ending, message=message)
     verdict = _verdict(Action.RESUME, ending, counted={"out_of_memory_retunes": 1})

@@ -119,8 +119,8 @@ class TestStart:
         assert status is not None
         assert (decision.rule, status.attempt, status.phase, status.gpus) == ("attemptStarts", 1, "Scheduling", 1)
         assert (status.attempts[0].number, status.attempts[0].started_at) == (1, at())
-        assert status.profile is not None
-        assert status.profile["resourceName"] == "nvidia.com/gpu"
+        assert status.profiles is not None
+        assert status.profiles["a100-80gb"]["resourceName"] == "nvidia.com/gpu"
         assert condition(decision, "PodsReady") == ("False", "Starting")
         assert [pod["metadata"]["name"] for pod in decision.create] == [pod_name("cats", 1, 0)]
         assert status.counters.restarts == 0
@@ -294,7 +294,7 @@ class TestEnd:
 
     def test_gpu_time_and_cost(self) -> None:
         job = started()
-        job["status"]["profile"]["price"] = {"currency": "USD", "onDemand": 3.6}
+        job["status"]["profiles"]["a100-80gb"]["price"] = {"currency": "USD", "onDemand": 3.6}
         pod = make_pod(job, phase="Running", node="n1")
         job = after(job, ask(job, pod))
         pod = ended(job, terminated(0, finished=-40), phase="Succeeded")
