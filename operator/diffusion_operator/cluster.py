@@ -29,7 +29,7 @@ from diffusion_operator.errors import (
     SettingsError,
     UnavailableError,
 )
-from diffusion_operator.settings import Failpoint, Settings
+from diffusion_operator.settings import Settings
 from diffusion_operator.state import Object, Surroundings
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ POD_SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
 PAGE = 500
 """Objects in one page of a list."""
 KILLED = 137
-TIMEOUT = aiohttp.ClientTimeout(total=60, connect=5)
+CONNECT_SECONDS = 5
+LEASES = "/apis/coordination.k8s.io/v1/leases"
 
 Counted = Callable[[str, int], None]
 """(HTTP method, status; 0 without an answer): called after each request."""
@@ -95,13 +96,13 @@ class Cluster(Protocol):
 class KubernetesCluster:
     """A cluster behind an API server."""
 
-    def __init__(
-        self, client: ApiClient, *, failpoint: Failpoint | None = None, counted: Counted | None = None
-    ) -> None:
+    def __init__(self, client: ApiClient, *, settings: Settings, counted: Counted | None = None) -> None:
         self._client = client
-        self._failpoint = failpoint
+        self._failpoint = settings.failpoint
+        self._timeout = aiohttp.ClientTimeout(total=settings.request_seconds, connect=CONNECT_SECONDS)
         self._writes = 0
         self._counted = counted or (lambda _method, _status: None)
+        self._may_write: Callable[[], bool] = lambda: True
 
     @classmethod
     async def connect(cls, settings: Settings, *, counted: Counted | None = None) -> KubernetesCluster:
@@ -118,7 +119,11 @@ class KubernetesCluster:
                 await load_kube_config(settings.kubeconfig, client_configuration=configuration)
             except ConfigException as error:
                 raise SettingsError(f"no service account and no kubeconfig: set KUBECONFIG ({error})") from error
-        return cls(ApiClient(configuration=configuration), failpoint=settings.failpoint, counted=counted)
+        return cls(ApiClient(configuration=configuration), settings=settings, counted=counted)
+
+    def guard(self, may_write: Callable[[], bool]) -> None:
+        """Ask before each write from now on, but for those of Leases; UnavailableError where the answer is no."""
+        self._may_write = may_write
 
     async def close(self) -> None:
         """Close the connections."""
@@ -214,6 +219,20 @@ class KubernetesCluster:
         """Create the event."""
         await self._request("POST", _within(event["metadata"]["namespace"], "/api/v1/events"), body=event)
 
+    async def get_lease(self, namespace: str, name: str) -> Object:
+        """Return the Lease."""
+        return await self._request("GET", f"{_within(namespace, LEASES)}/{name}")
+
+    async def create_lease(self, lease: Object) -> Object:
+        """Create the Lease."""
+        return await self._request("POST", _within(lease["metadata"]["namespace"], LEASES), body=lease)
+
+    async def replace_lease(self, lease: Object) -> Object:
+        """Replace the Lease, guarded by the version that was read."""
+        metadata = lease["metadata"]
+        path = f"{_within(metadata['namespace'], LEASES)}/{metadata['name']}"
+        return await self._request("PUT", path, body=lease)
+
     async def _list_in(self, namespaces: tuple[str, ...], path: str, **query: str) -> Listing:
         if not namespaces:
             return await self._list(path, query)
@@ -240,6 +259,8 @@ class KubernetesCluster:
         self, method: str, path: str, *, body: Object | None = None, query: dict[str, str] | None = None
     ) -> Object:
         if method != "GET":
+            if not (self._may_write() or path.startswith(LEASES.rpartition("/")[0])):
+                raise UnavailableError(f"{method} {path}: another operator may be the active one by now")
             self._fail("before", method)
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         parameters = list((query or {}).items())
@@ -252,7 +273,7 @@ class KubernetesCluster:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            answer = await self._client.call_api(*request, _request_timeout=TIMEOUT)
+            answer = await self._client.call_api(*request, _request_timeout=self._timeout)
             content = await answer.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             self._counted(method, 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +16,7 @@ from diffusion_operator.cache import Cache, owner_uid
 from diffusion_operator.cluster import KubernetesCluster
 from diffusion_operator.errors import ClusterError, ConflictError, NotFoundError, SettingsError, UnavailableError
 from diffusion_operator.knowledge import Knowledge
+from diffusion_operator.leadership import Claim, Leadership
 from diffusion_operator.metrics import Metrics
 from diffusion_operator.progress import ProgressPoller
 from diffusion_operator.reconcile import Reconciler
@@ -46,15 +49,18 @@ class Controller:
         self._read_at: datetime | None = None
         self.watches_nodes = False
         """Whether nodes may be watched; known when it has started."""
+        self._leadership: Leadership | None = None
+        self._standing_by = False
 
     async def start(self) -> None:
-        """Read the cluster once, then start to work.
+        """Become the active operator, read the cluster once, then start to work.
 
         Raises:
             SettingsError: it cannot work here at all.
         """
         self._cluster = cluster = await KubernetesCluster.connect(self._settings, counted=self._metrics.request)
         await self._serve()
+        await self._lead(cluster)
         try:
             # Nobody may work before everything was read: a pod that is not known yet would look like one that is lost.
             await self._refresh_until_it_works(cluster)
@@ -81,6 +87,8 @@ class Controller:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._progress.close()
+        if self._leadership is not None:
+            await self._leadership.release()
         if self._runner is not None:
             await self._runner.cleanup()
         if self._cluster is not None:
@@ -112,6 +120,31 @@ class Controller:
     @staticmethod
     def _take(cache: Cache, item: Object, *, gone: bool) -> bool:
         return cache.remove(item) if gone else cache.put(item)
+
+    async def _lead(self, cluster: KubernetesCluster) -> None:
+        """Wait until this is the active one of several operators, and see to it that it stays so."""
+        namespace, _, name = self._settings.lease.partition("/")
+        if not name:
+            return
+        claim = Claim(
+            namespace=namespace, name=name, identity=self._settings.identity, seconds=self._settings.lease_seconds
+        )
+        self._leadership = leadership = Leadership(cluster, claim)
+        cluster.guard(leadership.held)
+        logger.info("standing by as %s", claim.identity)
+        self._standing_by = True
+        await leadership.acquire()
+        self._standing_by = False
+        self._spawn(self._stay(leadership), name="lease")
+
+    async def _stay(self, leadership: Leadership) -> None:
+        """Hold the Lease; without it do nothing more, and end the process: what it knows may be out of date."""
+        await leadership.hold()
+        logger.error("the lease is lost: another operator takes over, and this one ends")
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     async def _work(self, reconciler: Reconciler) -> None:
         while True:
@@ -185,7 +218,10 @@ class Controller:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _answer_ready(self, _request: web.Request) -> web.Response:
-        return web.Response(text="ok") if self._tasks else web.Response(status=503, text="reading the cluster")
+        if self._standing_by:
+            # Or a rollout that waits for the new pod would never stop the old one, which holds the Lease.
+            return web.Response(text="standing by")
+        return web.Response(text="ok") if self._read_at else web.Response(status=503, text="reading the cluster")
 
     async def _answer_health(self, _request: web.Request) -> web.Response:
         dead = [task.get_name() for task in self._tasks if task.done()]

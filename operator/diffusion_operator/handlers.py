@@ -6,6 +6,9 @@ a job starts from the cluster's state and not from what happened.
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import itertools
 import logging
 import os
 import random
@@ -46,10 +49,22 @@ class NoDiffBase(kopf.DiffBaseStorage):
         """Keep nothing."""
 
 
+_logins = itertools.count()
+
+
 @kopf.on.login()
-def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-    """Log in without the synchronous client library, which kopf would otherwise import."""
-    return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    """Log in without the synchronous client library, which kopf would otherwise import.
+
+    kopf ends the operator when credentials that were refused once are all that there is. But an API server refuses good
+    tokens too, while it cannot check them, and a token that is being rotated is refused for a moment. So what was
+    refused is offered again after a pause, with another priority, by which kopf takes it for something new.
+    """
+    number = next(_logins)
+    if number:
+        await asyncio.sleep(next(iter(EndlessBackoffs())))
+    found = kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+    return None if found is None else dataclasses.replace(found, priority=number)
 
 
 @kopf.on.startup()
@@ -62,18 +77,23 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     settings.persistence.diffbase_storage = NoDiffBase()
     settings.networking.error_backoffs = EndlessBackoffs()
     settings.networking.connect_timeout = 5
-    settings.networking.request_timeout = 60
     settings.watching.connect_timeout = 5
     settings.watching.server_timeout = 300
     settings.queueing.idle_timeout = 1
     settings.watching.label_selectors["pods"] = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)
     try:
-        controller = Controller(Settings.from_environment(os.environ))
+        ours = Settings.from_environment(os.environ)
     except SettingsError as error:
         raise kopf.PermanentError(str(error)) from error
+    settings.networking.request_timeout = ours.request_seconds
+    controller = Controller(ours)
     try:
         await controller.start()
+    except asyncio.CancelledError:
+        # Told to stop while it stood by: kopf cleans up only after a start.
+        await controller.stop()
+        raise
     except OperatorError as error:
         # Any other error kopf would try again, and say nothing to whoever reads only the pod's state.
         await controller.stop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +54,15 @@ class Settings:
     """Least seconds between two status writes that only report progress."""
     relist_seconds: float = 300
     """Seconds between two complete readings of the cluster, which catch what a lost watch missed."""
+    request_seconds: float = 60
+    """Seconds after which a request to the API server that was not answered counts as lost."""
+    lease: str = ""
+    """Namespace and name, with a slash between them, of the Lease whose holder is the active one of several operators;
+    empty where there is never more than one."""
+    lease_seconds: int = 15
+    """Seconds after its last sign of life until another operator takes over from the active one."""
+    identity: str = ""
+    """Name of this operator in the Lease, different for each; empty means the host's name, which is the pod's."""
     workers: int = 8
     """Jobs that are worked on at the same time."""
     log_level: str = "INFO"
@@ -78,6 +89,10 @@ class Settings:
             progress_seconds=read.number("PROGRESS_SECONDS", cls.progress_seconds, at_least=0.05),
             status_seconds=read.number("STATUS_SECONDS", cls.status_seconds),
             relist_seconds=read.number("RELIST_SECONDS", cls.relist_seconds, at_least=1),
+            request_seconds=read.number("REQUEST_SECONDS", cls.request_seconds, at_least=0.1),
+            lease=read.lease("LEASE"),
+            lease_seconds=int(read.number("LEASE_SECONDS", cls.lease_seconds, at_least=1, at_most=3600)),
+            identity=read.text("IDENTITY", socket.gethostname()),
             workers=int(read.number("WORKERS", cls.workers, at_least=1, at_most=256)),
             log_level=read.choice("LOG_LEVEL", cls.log_level, ("DEBUG", "INFO", "WARNING", "ERROR")),
             kubeconfig=environment.get("KUBECONFIG") or None,
@@ -103,6 +118,12 @@ class _Reader:
         if not at_least <= value <= at_most:
             raise SettingsError(f"{PREFIX}{name}: {text} is out of range: write {at_least:g} to {at_most:g}")
         return value
+
+    def lease(self, name: str) -> str:
+        text = self.text(name, "")
+        if text and not re.fullmatch(r"[a-z0-9.-]+/[a-z0-9.-]+", text):
+            raise SettingsError(f"{PREFIX}{name}: {text!r} names no Lease: write <namespace>/<name>")
+        return text
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
         text = self.text(name, default).upper()

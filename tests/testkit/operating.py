@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -115,8 +116,13 @@ class OperatorProcess:
         return self._process.is_alive()
 
     def wait_started(self) -> None:
-        """Wait until it has read the cluster, or has ended before (a failpoint may lie before that)."""
-        wait_until(lambda: not self.running or "started:" in self.log.read_text(), describe="a start", detail=self.tail)
+        """Wait until it has read the cluster or stands by, or has ended before (a failpoint may lie before that)."""
+
+        def started() -> bool:
+            log = self.log.read_text()
+            return not self.running or "started:" in log or "standing by as" in log
+
+        wait_until(started, describe="a start", detail=self.tail)
 
     def stop(self) -> int:
         """End it as Kubernetes does, by SIGTERM; return its exit code."""
@@ -127,6 +133,20 @@ class OperatorProcess:
         """End it at once."""
         self._process.kill()
         self.wait()
+
+    def pause(self) -> None:
+        """Stop it in its tracks, as a node does that hangs; `resume` ends it."""
+        os.kill(self._pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after `pause`."""
+        os.kill(self._pid, signal.SIGCONT)
+
+    @property
+    def _pid(self) -> int:
+        if self._process.pid is None:
+            raise RuntimeError("the operator was never started")
+        return self._process.pid
 
     def wait(self, timeout: float = 30) -> int:
         """Wait for its end; return its exit code."""

@@ -45,8 +45,7 @@ def install(cluster: ClusterHandle, *, exempt: Sequence[str] = ("diffusion-opera
     crds = manifests.crds()
     # The schemas are larger than what the client-side form of apply can keep in an annotation.
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", input=_text(crds))
-    names = [f"crd/{crd['metadata']['name']}" for crd in crds]
-    cluster.kubectl("wait", "--for=condition=Established", *names, "--timeout=30s")
+    cluster.wait_established(*(crd["metadata"]["name"] for crd in crds))
     cluster.apply(*manifests.manager(image=image))
     _await_manager(cluster)
     cluster.apply(*manifests.webhooks())

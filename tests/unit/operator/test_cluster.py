@@ -19,6 +19,7 @@ from diffusion_operator.errors import (
     RefusedError,
     UnavailableError,
 )
+from diffusion_operator.settings import Settings
 from testkit.builders import make_job, make_pod
 
 Answer = Callable[[web.Request], Awaitable[web.Response]]
@@ -40,7 +41,9 @@ async def api_server(answer: Answer) -> AsyncIterator[tuple[KubernetesCluster, l
     configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
     counted: list[tuple[str, int]] = []
     cluster = KubernetesCluster(
-        ApiClient(configuration=configuration), counted=lambda method, status: counted.append((method, status))
+        ApiClient(configuration=configuration),
+        settings=Settings(trainer_image="trainer"),
+        counted=lambda method, status: counted.append((method, status)),
     )
     try:
         yield cluster, counted
