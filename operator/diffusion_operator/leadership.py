@@ -2,7 +2,7 @@
 
 The rules are those of client-go's leader election. No two clocks are ever compared: whoever waits counts from when it
 saw the record change, and the holder counts from before it asked to renew and gives up a third earlier than anybody may
-take over. Why a Lease and not kopf's peering: docs/decisions/0006-one-active-operator.md.
+take over. Why a Lease and not kopf's peering: docs/decisions/0007-one-active-operator.md.
 """
 
 from __future__ import annotations
