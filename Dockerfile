@@ -21,7 +21,7 @@ COPY trainer trainer
 RUN uv pip install --python /opt/venv/bin/python --no-deps .
 
 FROM build AS trainer-build
-RUN --mount=type=cache,target=/var/cache/uv uv pip install --python /opt/venv/bin/python -r pyproject.toml --extra trainer
+RUN --mount=type=cache,target=/var/cache/uv uv pip install --python /opt/venv/bin/python -r pyproject.toml --extra trainer --extra optimizers --extra cuda
 COPY crds crds
 COPY operator operator
 COPY trainer trainer

@@ -16,7 +16,7 @@ from diffusion_api.method import MEMBERS, DreamBooth, FineTune, LoRA, Method, Te
 from diffusion_api.model import Family, Model
 from diffusion_api.output import Credentials, Output
 from diffusion_api.resources import Notification, PodOverrides, Resources, RunPolicy
-from diffusion_api.training import DEFAULTS, Training
+from diffusion_api.training import DEFAULTS, OPTIMIZER_DEFAULTS, Training
 from diffusion_api.validation import Checkpoint, Tracking, Validation
 
 _IMMUTABLE = ("method", "model", "dataset", "training", "validation", "output", "resources")
@@ -153,7 +153,9 @@ class TrainerSpec(ApiModel):
     @property
     def learning_rate(self) -> float:
         """Peak learning rate."""
-        return self.training.learning_rate or DEFAULTS[self.method].learning_rate
+        usual = OPTIMIZER_DEFAULTS[self.training.optimizer.name]
+        methods = usual.learning_rate or usual.learning_rate_factor * DEFAULTS[self.method].learning_rate
+        return self.training.learning_rate or methods
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Return the number of optimizer steps of the whole run."""
@@ -169,6 +171,8 @@ class TrainerSpec(ApiModel):
         included = {"method", "lora", "dream_booth", "fine_tune", "textual_inversion", "model", "dataset", "training"}
         content = self.model_dump(mode="json", by_alias=True, include=included)
         content["training"].pop("microBatchSize")
+        content["training"]["learningRate"] = self.learning_rate
+        content["training"]["optimizer"] = self.training.optimizer.filled().model_dump(mode="json", by_alias=True)
         content["defaults"] = DEFAULTS[self.method].model_dump(mode="json")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -27,21 +27,78 @@ class LRSchedule(ApiModel):
     """Exponent of Polynomial."""
 
 
+OptimizerName = Literal["AdamW", "AdamW8bit", "Adafactor", "Prodigy", "Lion"]
+
+
+class OptimizerDefaults(ApiModel):
+    """What stands in for fields of `training.optimizer` that a user leaves out; None: the algorithm has none."""
+
+    beta1: float | None
+    beta2: float | None
+    epsilon: float | None
+    learning_rate: float | None = None
+    """Instead of the method's."""
+    learning_rate_factor: float = 1
+    """Of the method's."""
+
+
+OPTIMIZER_DEFAULTS: dict[OptimizerName, OptimizerDefaults] = {
+    "AdamW": OptimizerDefaults(beta1=0.9, beta2=0.999, epsilon=1e-8),
+    "AdamW8bit": OptimizerDefaults(beta1=0.9, beta2=0.999, epsilon=1e-8),
+    "Adafactor": OptimizerDefaults(beta1=None, beta2=None, epsilon=1e-30),
+    "Prodigy": OptimizerDefaults(beta1=0.9, beta2=0.999, epsilon=1e-8, learning_rate=1),
+    "Lion": OptimizerDefaults(beta1=0.9, beta2=0.99, epsilon=None, learning_rate_factor=0.2),
+}
+
+
 class Optimizer(ApiModel):
     """The optimizer."""
 
-    name: Literal["AdamW", "AdamW8bit", "Adafactor", "Prodigy", "Lion"] = "AdamW"
-    """Algorithm."""
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            Cel(
+                "!has(self.beta2) || self.name != 'Adafactor'",
+                "training.optimizer.beta2 does not belong to Adafactor, whose decay follows from the step: remove it",
+            ),
+            Cel(
+                "!has(self.epsilon) || self.name != 'Lion'",
+                "training.optimizer.epsilon does not belong to Lion, which divides by nothing: remove it",
+            ),
+        )
+    )
+
+    name: OptimizerName = "AdamW"
+    """Algorithm. AdamW8bit (arXiv 2110.02861) needs less memory and CUDA, Adafactor (arXiv 1804.04235) still less;
+    Lion (arXiv 2302.06675) wants a lower learning rate; Prodigy (arXiv 2306.06101) finds its own, a factor of which
+    learningRate then is."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
-    """Decoupled weight decay."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the second moment."""
-    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    """Added to the denominator."""
+    """Decoupled weight decay, of what has more than one dimension: not of biases and norms."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the first moment. Default 0.9; Adafactor keeps no first moment unless this is set."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the second moment. Default 0.999, of Lion (for its only moment) 0.99; Adafactor has none."""
+    epsilon: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Added to the denominator. Default 1e-8, of Adafactor (to squares) 1e-30; Lion has none."""
     max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     """Gradients are scaled down to this norm over all parameters; null turns clipping off."""
+
+    @model_validator(mode="after")
+    def _has_what_is_given(self) -> Optimizer:
+        if self.beta2 is not None and self.name == "Adafactor":
+            raise ValueError(
+                "training.optimizer.beta2 does not belong to Adafactor, whose decay follows from the step: remove it"
+            )
+        if self.epsilon is not None and self.name == "Lion":
+            raise ValueError("training.optimizer.epsilon does not belong to Lion, which divides by nothing: remove it")
+        return self
+
+    def filled(self) -> Optimizer:
+        """Return the same with the algorithm's usual numbers for what was left out."""
+        usual = OPTIMIZER_DEFAULTS[self.name]
+        given = {name: getattr(self, name) for name in ("beta1", "beta2", "epsilon")}
+        return self.model_copy(
+            update={name: getattr(usual, name) if value is None else value for name, value in given.items()}
+        )
 
 
 class Ema(ApiModel):
@@ -50,7 +107,19 @@ class Ema(ApiModel):
     enabled: bool = False
     """Keep an average and export it instead of the last weights."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
-    """Decay per optimizer step."""
+    """Decay per optimizer step at most; it grows from 0 as 1 - (1 + step)^-0.75, so that a short run has an average,
+    too."""
+
+
+class NonFinite(ApiModel):
+    """What is done when a loss or gradients are no finite numbers. Such a step never changes the weights."""
+
+    policy: Literal["Fail", "RollBack"] = "Fail"
+    """What follows when `limit` steps in a row were skipped. Fail ends the job and names the images; RollBack goes
+    back to the newest checkpoint and on from there with half the learning rate, at most three times."""
+    limit: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Steps in a row that are skipped before the policy decides. Overflows that the loss scale of FP16 explains are
+    not counted."""
 
 
 class Objective(ApiModel):
@@ -122,6 +191,8 @@ class Training(ApiModel):
     """Compile the denoiser's blocks."""
     ema: Ema = Field(default_factory=Ema)
     """Exponential moving average."""
+    non_finite: NonFinite = Field(default_factory=NonFinite)
+    """Steps whose loss or gradients are no finite numbers."""
     objective: Objective = Field(default_factory=Objective)
     """The loss."""
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 42

@@ -92,7 +92,7 @@ def test_the_reference_moves(reference):
     assert len({line["loss"] for line in lines}) == STEPS
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
     shapes = {n for n in tensors if n.startswith("optimizer/")}
-    assert len(shapes) == 2 * sum(n.startswith("model/") for n in tensors)
+    assert len(shapes) == 3 * sum(n.startswith("model/") for n in tensors)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,7 +18,7 @@ import tomllib
 import venv
 from pathlib import Path
 
-EXTRAS = ("operator", "trainer", "dev")
+EXTRAS = ("operator", "trainer", "optimizers", "dev")
 ROOT = Path(__file__).resolve().parents[2]
 
 

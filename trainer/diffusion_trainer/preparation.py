@@ -93,7 +93,9 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         cached = build()
     family.release_encoders()
     parameters = models.add_lora(family, spec.lora or LoRA(), seed=seed)
-    trained = Trained(parameters, optim.make_optimizer(parameters, spec.training.optimizer, device=device.torch))
+    trained = Trained(
+        parameters, optim.make_optimizer([optim.Group(parameters)], spec.training.optimizer, device=device.torch)
+    )
     denoiser: Any = family.denoiser  # diffusers' models know how to checkpoint their activations; torch's type does not
     if spec.training.gradient_checkpointing == "Always":
         denoiser.enable_gradient_checkpointing()

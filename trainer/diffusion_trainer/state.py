@@ -1,7 +1,7 @@
 """The state of a run between two optimizer steps: everything that the next step depends on besides the spec.
 
-Weights, optimizer moments, the step, and the curves so far. No random generator, sampler, scheduler or loader position:
-all of these are functions of the step.
+Weights, the optimizer's state, the step, and the curves so far. No random generator, sampler, scheduler or loader
+position: all of these are functions of the step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from diffusion_trainer.checkpoint import Snapshot
 from diffusion_trainer.curves import Curves
 from diffusion_trainer.errors import BadData, CheckpointUnsupported
-from diffusion_trainer.optim import load_optimizer, optimizer_tensors
+from diffusion_trainer.optim import OptimizerState, load_optimizer, optimizer_state
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,20 @@ def snapshot(step: int, trained: Trained, *, curves: Curves, basis: Basis) -> Sn
     known = curves.points[-1].step if curves.points else 0
     if known != step:
         raise ValueError(f"snapshot of step {step}: the curves are settled up to step {known}")
+    optimizer = optimizer_state(trained.optimizer, trained.parameters)
     return Snapshot(
         step=step,
         tensors={
             "model": trained.weights(),
-            "optimizer": optimizer_tensors(trained.optimizer, trained.parameters),
+            "optimizer": optimizer.tensors,
             "curves": curves.tensors(),
         },
-        scalars={"curves": curves.scalars(), "dataset": basis.dataset, "model": dict(basis.model)},
+        scalars={
+            "curves": curves.scalars(),
+            "optimizer": dict(optimizer.scalars),
+            "dataset": basis.dataset,
+            "model": dict(basis.model),
+        },
     )
 
 
@@ -81,7 +87,8 @@ def restore(found: Snapshot, trained: Trained, *, basis: Basis) -> Curves:
     with torch.no_grad():
         for name, parameter in trained.parameters.items():
             parameter.copy_(weights[name])
-    load_optimizer(trained.optimizer, trained.parameters, tensors=found.tensors["optimizer"], step=found.step)
+    scalars: Any = found.scalars["optimizer"]
+    load_optimizer(trained.optimizer, trained.parameters, OptimizerState(found.tensors["optimizer"], scalars))
     return Curves.restored(found.tensors["curves"], found.scalars["curves"])
 
 

@@ -101,13 +101,14 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
             wait_seconds, batch = timed(batches)
             loss = added_up(gradients(batch, ready), ready.trained, peers)
             learning_rate = optim.lr_at(step, spec.training.lr_schedule, peak=spec.learning_rate, total_steps=total)
-            norm = optim.apply_update(
+            update = optim.apply_update(
                 ready.trained.optimizer,
                 learning_rate=learning_rate,
                 max_grad_norm=spec.training.optimizer.max_grad_norm,
+                loss=loss,
             )
             step += 1
-            books.note(Stepped(step, loss, learning_rate, norm, wait_seconds))
+            books.note(Stepped(step, loss, learning_rate, update.norm, wait_seconds))
             settings.failpoint.hit("step", step)
             evaluator.evaluate_when_due(step)
             books.close(step)

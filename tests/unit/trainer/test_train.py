@@ -28,7 +28,7 @@ from diffusion_trainer.errors import (
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.objective import DiscreteObjective
 from diffusion_trainer.objectstore import open_store
-from diffusion_trainer.optim import apply_update, make_optimizer
+from diffusion_trainer.optim import Group, apply_update, make_optimizer
 from diffusion_trainer.progress import Board
 from diffusion_trainer.saving import Saver, Voices
 from diffusion_trainer.state import Basis, Trained, restore, snapshot
@@ -309,12 +309,13 @@ def _trained(seed=0, names=("a", "b")):
     parameters = {name: torch.nn.Parameter(torch.randn(3, generator=generator)) for name in names}
     from diffusion_api.training import Optimizer
 
-    return Trained(parameters, make_optimizer(parameters, Optimizer(), device=CPU))
+    return Trained(parameters, make_optimizer([Group(parameters)], Optimizer(), device=CPU))
 
 
 def _step(trained):
-    sum(p.square().sum() for p in trained.parameters.values()).backward()
-    apply_update(trained.optimizer, learning_rate=0.1, max_grad_norm=1.0)
+    loss = sum(p.square().sum() for p in trained.parameters.values())
+    loss.backward()
+    apply_update(trained.optimizer, learning_rate=0.1, max_grad_norm=1.0, loss=loss.detach())
 
 
 def _copied(found):
