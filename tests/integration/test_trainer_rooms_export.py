@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from diffusion_api.job import TrainerSpec
 from diffusion_trainer.export import export_diffusers, export_kohya, export_single_file, original_names
-from diffusion_trainer.models import add_lora, open_model
+from diffusion_trainer.methods import attach
+from diffusion_trainer.models import open_model
 from testkit.tiny import make_tiny_sd1
 
 
@@ -40,7 +41,7 @@ def spec(folder, rank=4, alpha=4.0, targets="AttentionAndFeedForward", **section
 def trained(job, folder):
     """Return a family whose adapters have learned something: B is no longer zero."""
     family = open_model(folder, job, device="cpu", dtype=torch.float32)
-    weights = add_lora(family, job.lora, seed=1)
+    weights = attach(family, job, seed=1).parameters
     numbers = torch.Generator().manual_seed(0)
     for name, parameter in weights.items():
         if ".lora_B." in name:
@@ -132,13 +133,14 @@ def test_the_modules_of_the_real_sd1_have_kohyas_names(folder):
     """SD1.5 has two attentions in each of the blocks 0 to 2 down, three in each of 1 to 3 up, one in the middle."""
     from diffusers import UNet2DConditionModel
 
-    from diffusion_trainer.export.adapter_names import kohya_unet
+    from diffusion_trainer.export.adapter_names import kohya_denoiser
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
     family = open_model(folder, spec(folder), device="cpu", dtype=torch.float32)
     suffixes = tuple("." + target for target in family.lora_target_modules("AttentionAndFeedForward"))
-    found = [kohya_unet(name) for name, _ in unet.named_modules() if name.endswith(suffixes)]
+    paths = [name for name, _ in unet.named_modules() if name.endswith(suffixes)]
+    found = list(kohya_denoiser(paths, {}, "SD1").values())
     golden = kohya_names({0: 2, 1: 2, 2: 2}, 1, {1: 3, 2: 3, 3: 3}, ATTENTION + FEED_FORWARD)
     assert len(found) == 160
     assert set(found) == golden
@@ -282,8 +284,8 @@ def test_the_names_of_the_real_sd1_are_those_of_its_checkpoint():
 
 
 def test_a_weight_that_is_no_sd1s_is_refused():
-    with pytest.raises(ValueError, match=r"add_embedding\.linear_1\.weight is no weight"):
-        original_names.unet(["down_blocks.0.resnets.0.norm1.weight", "add_embedding.linear_1.weight"])
+    with pytest.raises(ValueError, match=r"class_embedding\.weight is no weight"):
+        original_names.unet(["down_blocks.0.resnets.0.norm1.weight", "class_embedding.weight"])
 
 
 def test_equal_weights_give_equal_files(folder, tmp_path):

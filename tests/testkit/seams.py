@@ -35,11 +35,19 @@ def poison_global_generators(_: object) -> None:
 
 def change_noise_of_step(step: int) -> None:
     """Give the noise of one optimizer step (from 0) another key: the error that comparisons of results must find."""
+    _change_keys(f"\x1fnoise\x1fint:{step}\x1f")
+
+
+def change_purpose(purpose: str) -> None:
+    """Give everything that is drawn for a purpose another key."""
+    _change_keys(f"\x1f{purpose}\x1f")
+
+
+def _change_keys(mark: str) -> None:
     original = hashlib.blake2b
-    marks = (f"\x1fnoise\x1fint:{step}\x1f".encode(),)
 
     def blake2b(name: bytes, **options: Any) -> Any:
-        return original(name + b"!" if any(mark in name for mark in marks) else name, **options)
+        return original(name + b"!" if mark.encode() in name else name, **options)
 
     rng.blake2b = blake2b  # type: ignore[assignment, attr-defined]
 

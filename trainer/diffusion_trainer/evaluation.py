@@ -14,6 +14,7 @@ from diffusion_trainer.cache import Cache
 from diffusion_trainer.courier import Courier
 from diffusion_trainer.curves import Curves, Evaluation
 from diffusion_trainer.data import Batch, DatasetLock
+from diffusion_trainer.methods import Attached
 from diffusion_trainer.models import Family
 from diffusion_trainer.objective import Objective
 from diffusion_trainer.peers import Peers
@@ -36,6 +37,7 @@ class Evaluator:
     lock: DatasetLock
     cache: Cache
     family: Family
+    attached: Attached
     errors: Callable[[Batch], Tensor]
     objective: Objective
     batch_size: int
@@ -59,7 +61,7 @@ class Evaluator:
         # Each pass through the denoiser is a sign of life: an evaluation may take longer than a hang may.
         alive = self.family.denoiser.register_forward_pre_hook(lambda *_: self.report(f"evaluating step {step}"))
         try:
-            with self.stop.cut_short():
+            with self.stop.cut_short(), self.attached.evaluating():
                 self._evaluate(step)
         except Yielded:
             LOG.info("told to stop: the next attempt evaluates step %d", step)
@@ -87,7 +89,7 @@ class Evaluator:
     def _publish(self, step: int, result: ValidationResult | None) -> None:
         if prompts := self.spec.validation.prompts:
             side = self.spec.dataset.resolution
-            grid = sample_grid(self.family, prompts, size=(side, side))
+            grid = sample_grid(self.family, prompts, size=(side, side), text=self.attached.text)
             self.courier.send(f"{names.SAMPLES_PREFIX}step-{step:08d}.png", grid.grid_png())
         if result is not None:
             self.curves.evaluations.append(Evaluation(step, result.loss, result.by_bin))

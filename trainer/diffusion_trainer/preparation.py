@@ -12,14 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion_api import names
 from diffusion_api.job import TrainerSpec
-from diffusion_api.method import LoRA
 from diffusion_api.run import RunConfig
-from diffusion_trainer import cache, data, export, models, optim
+from diffusion_trainer import cache, data, methods, models, optim
 from diffusion_trainer.data import Batch, DatasetLock, Plan, Share
 from diffusion_trainer.device import Device, micro_batch_size, open_device
 from diffusion_trainer.errors import NotFound, PreconditionFailed
+from diffusion_trainer.methods import Attached
 from diffusion_trainer.models import Family
 from diffusion_trainer.objective import Objective, objective_of
 from diffusion_trainer.peers import Peers
@@ -31,11 +30,6 @@ from diffusion_trainer.stores import Stores
 LOG = logging.getLogger(__name__)
 QUIET_SECONDS = 5.0
 LOCK_KEY = "dataset.lock.json"
-EXPORTERS = {
-    "Diffusers": (names.EXPORT_DIFFUSERS, export.export_diffusers),
-    "Kohya": (names.EXPORT_KOHYA, export.export_kohya),
-    "SingleFile": (names.EXPORT_SINGLE_FILE, export.export_single_file),
-}
 
 
 @dataclass(frozen=True)
@@ -49,19 +43,24 @@ class Ready:
     extent: Extent
     share: Share
     objective: Objective
+    attached: Attached
     trained: Trained
     basis: Basis
 
     def errors(self, batch: Batch) -> Tensor:
         """Return the mean squared error of each image of a micro-batch on the device, fp32 [B]."""
+        if self.attached.masks and batch.slots:  # there are none in an evaluation, which drops nothing
+            slots = [(slot.step, slot.slot) for slot in batch.slots]
+            self.attached.masks.draw(self.plan.seed, slots, device=self.device.torch)
         noisy = self.objective.noisy(batch.latents, batch.noise, times=batch.times)
         with self.device.accelerator.autocast():
-            predicted = self.family.predict(noisy, batch.times, batch.conditioning, batch.geometry)
+            conditioning = self.attached.text.conditioning(batch.conditioning)
+            predicted = self.family.predict(noisy, batch.times, conditioning, batch.geometry)
         return self.objective.errors(predicted, batch.latents, batch.noise, times=batch.times)
 
 
 def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: Peers) -> Ready:
-    """Freeze or fetch the dataset, load the model, encode what is not cached, and put adapters on the denoiser.
+    """Freeze or fetch the dataset, load the model, make trainable what the method trains, encode what is not cached.
 
     Of several processes the leader freezes, all encode, and one on each node downloads.
     """
@@ -73,10 +72,12 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         lock = open_dataset(spec, stores, work=work, report=report)
     for reason, count in lock.rejected_counts.items():
         board.warn(f"{count} images are left out: {reason}, e.g. {', '.join(lock.rejected[reason][:3])}")
+    methods.check_captions(spec, (lock.images[image].caption for image in lock.training))
     with peers.node_leader_first("model"):
         folder = models.fetch_model(stores.model, work, report=report)
     report("loading the model")
     family = models.open_model(folder, spec, device=device.torch, dtype=device.dtype)
+    attached = methods.attach(family, spec, seed=seed)
     build = partial(
         cache.build,
         lock,
@@ -85,6 +86,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         variants=data.Variants(spec.dataset.augmentation, seed=seed),
         pictures=data.Pictures(stores.dataset, work),
         report=report,
+        text=attached.text,
     )
     if peers.world_size > 1:
         build(part=peers.part)
@@ -92,14 +94,14 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     with peers.node_leader_first("shards"):
         cached = build()
     family.release_encoders()
-    parameters = models.add_lora(family, spec.lora or LoRA(), seed=seed)
     trained = Trained(
-        parameters, optim.make_optimizer([optim.Group(parameters)], spec.training.optimizer, device=device.torch)
+        attached.parameters, optim.make_optimizer(attached.groups, spec.training.optimizer, device=device.torch)
     )
+    trained.optimizer.register_step_post_hook(lambda *_: attached.after_update())
     denoiser: Any = family.denoiser  # diffusers' models know how to checkpoint their activations; torch's type does not
     if spec.training.gradient_checkpointing == "Always":
         denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+    attached.train()
     plan = Plan(
         lock,
         batch_size=spec.batch_size,
@@ -109,7 +111,9 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     )
     extent = Extent(spec.total_steps(plan.batches_per_epoch), plan.batches_per_epoch, spec.batch_size)
     objective = objective_of(family.process, spec.training.objective).to(device.torch)
-    return Ready(device, family, cached, plan, extent, share, objective, trained, Basis(lock.sha, family.file_hashes()))
+    return Ready(
+        device, family, cached, plan, extent, share, objective, attached, trained, Basis(lock.sha, family.file_hashes())
+    )
 
 
 def narrator(board: Board, *, monotonic: Callable[[], float] = time.monotonic) -> Callable[[str], None]:

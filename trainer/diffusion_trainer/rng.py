@@ -25,6 +25,7 @@ class Purpose(StrEnum):
     NOISE_OFFSET = "noise-offset"
     TIMESTEP = "timestep"
     CAPTION_DROPOUT = "caption-dropout"
+    ADAPTER_DROPOUT = "adapter-dropout"
     INITIALISATION = "initialisation"
     VALIDATION = "validation"
     SAMPLE = "sample"

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
 from diffusion_api.status import OutputFile
-from diffusion_trainer import data, optim, output
+from diffusion_trainer import data, export, optim, output
 from diffusion_trainer.bookkeeping import Books, LeadersBooks, Stepped
 from diffusion_trainer.cadence import Cadence
 from diffusion_trainer.checkpoint import Entry, Ledger, Publisher, Retention, Target
@@ -30,7 +30,7 @@ from diffusion_trainer.device import gpu_errors
 from diffusion_trainer.evaluation import Evaluator
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.peers import Peers, digest
-from diffusion_trainer.preparation import EXPORTERS, Ready, prepare
+from diffusion_trainer.preparation import Ready, prepare
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Reporter
 from diffusion_trainer.saving import Saver, Voices
@@ -85,6 +85,7 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
             lock=ready.plan.lock,
             cache=ready.cache,
             family=ready.family,
+            attached=ready.attached,
             errors=ready.errors,
             objective=ready.objective,
             batch_size=ready.share.micro_batch_size,
@@ -271,7 +272,7 @@ def deliver(spec: TrainerSpec, stores: Stores, ready: Ready, *, folder: Path) ->
     """Export the weights in every format, upload them, and leave the receipt."""
     paths = []
     for name in spec.output.formats:
-        prefix, write = EXPORTERS[name]
+        prefix, write = export.writer_of(spec.trains, name)
         (folder / prefix).mkdir(parents=True, exist_ok=True)
         paths += write(ready.trained.weights(), ready.family, spec, folder=folder / prefix)
     card = folder / output.CARD

@@ -16,6 +16,7 @@ from diffusion_trainer.data import Pictures, Variants, freeze
 from diffusion_trainer.data.lock import LockedImage
 from diffusion_trainer.data.transforms import Variant
 from diffusion_trainer.errors import BadData, StorageUnavailable
+from diffusion_trainer.methods import TextPath
 from diffusion_trainer.objectstore import open_store
 from testkit.tiny import make_image_folder
 
@@ -138,7 +139,8 @@ def test_a_family_without_text_has_an_empty_conditioning(bench):
 
 def test_tokens_are_kept_as_they_are(bench):
     """bf16 has 8 bits of precision: 49407 would become 49408."""
-    cache = bench.build(CountingFamily(), text="Tokens")
+    family = CountingFamily()
+    cache = bench.build(family, text=TextPath(family, live=True))
     for image in bench.lock.images:
         assert cache.text(image.caption)["tokens"].tolist() == [len(image.caption), 49407]
     assert set(bench.build(CountingFamily()).text("")) == {"text"}

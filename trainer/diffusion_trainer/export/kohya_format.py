@@ -8,38 +8,66 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from diffusion_api.job import TrainerSpec
 from diffusion_api.method import LoRA
 from diffusion_trainer import tensorfile
-from diffusion_trainer.export.adapter_names import DOWN, UP, kohya_unet, modules
+from diffusion_trainer.export.adapter_names import kohya_denoiser, kohya_text, modules
+from diffusion_trainer.export.components import by_component, denoiser_folder, published
+from diffusion_trainer.export.kohya_mmdit import Adapter, kohya_mmdit
+from diffusion_trainer.export.single_file import architecture
+from diffusion_trainer.methods.lora import DOWN, MAGNITUDE, UP
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.objective import DiscreteProcess
 
 FILE = "lora.safetensors"
 _PREDICTIONS = {"Epsilon": "epsilon", "VPrediction": "v", "Sample": "sample"}
+_DORA = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
+_BASES = {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0", "SD3": "sd3_m"}
 _LEGACY_OFFSET, _LEGACY_LENGTH = 0x100000, 0x10000
 
 
-def export_kohya(weights: Mapping[str, torch.Tensor], family: Family, spec: TrainerSpec, *, folder: Path) -> list[Path]:
+def export_kohya(weights: Mapping[str, Tensor], family: Family, spec: TrainerSpec, *, folder: Path) -> list[Path]:
     """Write `lora.safetensors` into `folder` and return the files written.
 
     `weights` as for `export_diffusers`. Three tensors for each module: lora_down, lora_up and alpha, the configured
-    one; readers scale by alpha / rank.
+    one; readers scale by alpha / rank. With DoRA a fourth, dora_scale [out, 1], as ComfyUI reads it.
     """
     lora = spec.lora or LoRA()
-    tensors: dict[str, torch.Tensor] = {}
-    for module in modules(weights):
-        name = kohya_unet(module)
-        tensors[f"{name}.lora_down.weight"] = weights[module + DOWN].detach()
-        tensors[f"{name}.lora_up.weight"] = weights[module + UP].detach()
-        tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha))
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up, magnitude, factor) in _adapters(weights, family).items():
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = up
+        tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha) * factor)
+        if magnitude is not None:
+            tensors[f"{name}.dora_scale"] = magnitude[:, None]
     training = _training_metadata(lora, family, spec)
     metadata = training | _model_spec(family, spec) | _hashes(tensors, training)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    path.write_bytes(tensorfile.encode(tensors, metadata))
+    tensorfile.write(path, tensors, metadata)
     return [path]
+
+
+def _adapters(weights: Mapping[str, Tensor], family: Family) -> dict[str, Adapter]:
+    """Return adapters by kohya's names, of the denoiser and of text encoders."""
+    found: dict[str, Adapter] = {}
+    for component, adapters in by_component(weights, family).items():
+        paths = modules(adapters)
+        parts = {path: _parts(adapters, path) for path in paths}
+        if component != denoiser_folder(family):
+            found |= {kohya_text(component, path, family.name): parts[path] for path in paths}
+        elif family.name == "SD3":
+            found |= kohya_mmdit(parts)
+        else:
+            names = kohya_denoiser(paths, published(family, component), family.name)
+            found |= {names[path]: parts[path] for path in paths}
+    return found
+
+
+def _parts(adapters: Mapping[str, Tensor], path: str) -> Adapter:
+    return Adapter(adapters[path + DOWN], adapters[path + UP], adapters.get(path + MAGNITUDE))
 
 
 def _training_metadata(lora: LoRA, family: Family, spec: TrainerSpec) -> dict[str, str]:
@@ -49,17 +77,20 @@ def _training_metadata(lora: LoRA, family: Family, spec: TrainerSpec) -> dict[st
     """
     dataset, training = spec.dataset, spec.training
     resolution = f"({dataset.resolution}, {dataset.resolution})"
-    base = next(digest for path, digest in family.file_hashes().items() if path.startswith("unet/"))
+    module = "networks.lora_sd3" if family.name == "SD3" else "networks.lora"
+    module = "lycoris.kohya" if lora.use_dora else module  # kohya's own network has no magnitudes
+    base = next(digest for path, digest in family.file_hashes().items() if path.startswith(denoiser_folder(family)))
+    text_rate = str(spec.model.text_encoder.learning_rate) if spec.model.text_encoder.train else "None"
     return {
-        "ss_v2": "False",
-        "ss_base_model_version": "sd_v1",
-        "ss_network_module": "networks.lora",
+        "ss_v2": str(family.name == "SD2"),
+        "ss_base_model_version": _BASES[family.name],
+        "ss_network_module": module,
         "ss_network_dim": str(lora.rank),
         "ss_network_alpha": str(float(lora.alpha)),
         "ss_network_dropout": str(lora.dropout),
-        "ss_network_args": "{}",
+        "ss_network_args": json.dumps(_DORA if lora.use_dora else {}),
         "ss_unet_lr": str(spec.learning_rate),
-        "ss_text_encoder_lr": "None",
+        "ss_text_encoder_lr": text_rate,
         "ss_learning_rate": str(spec.learning_rate),
         "ss_lr_scheduler": training.lr_schedule.name.lower(),
         "ss_lr_warmup_steps": str(training.lr_schedule.warmup_steps),
@@ -87,7 +118,7 @@ def _model_spec(family: Family, spec: TrainerSpec) -> dict[str, str]:
     resolution = spec.dataset.resolution
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.architecture": f"{architecture(family)}/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": "LoRA",
         "modelspec.resolution": f"{resolution}x{resolution}",
@@ -95,7 +126,7 @@ def _model_spec(family: Family, spec: TrainerSpec) -> dict[str, str]:
     }
 
 
-def _hashes(tensors: Mapping[str, torch.Tensor], training: Mapping[str, str]) -> dict[str, str]:
+def _hashes(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
     """Return the hashes by which AUTOMATIC1111 knows the file: of the data without header, and of 64 KiB at 1 MiB.
 
     The second is of the file as it would be with the training metadata alone (sd-scripts,

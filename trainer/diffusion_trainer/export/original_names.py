@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 _BLOCK = re.compile(r"(?:(\w+)\.)?(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _MID = re.compile(r"(?:(\w+)\.)?mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -43,7 +45,7 @@ _VAE_ATTENTION = {
 
 
 def unet(names: Iterable[str]) -> dict[str, str]:
-    """Return the original name of each weight of a UNet. Raises ValueError for one that is no SD1 UNet's."""
+    """Return the original name of each weight of a UNet. Raises ValueError for one that is none of a UNet's."""
     every = list(names)
     layers = 1 + max(int(found[5]) for found in _blocks(every) if (found[2], found[4]) == ("down", "resnets"))
     attended = {found[3] for found in _blocks(every) if (found[2], found[4]) == ("up", "attentions")}
@@ -55,11 +57,6 @@ def vae(names: Iterable[str]) -> dict[str, str]:
     every = list(names)
     depth = 1 + max(int(found[3]) for found in _blocks(every) if found[2] == "up")
     return {name: VAE + _vae(name, depth) for name in every}
-
-
-def text(names: Iterable[str]) -> dict[str, str]:
-    """Return the original name of each weight of a CLIP text model, with or without transformers' old prefix."""
-    return {name: TEXT + name.removeprefix("text_model.") for name in names}
 
 
 def _blocks(names: Iterable[str]) -> list[re.Match[str]]:
@@ -75,7 +72,7 @@ def _unet(name: str, layers: int, attended: set[str]) -> str:
         return f"middle_block.{place}.{_renamed(found[4], _UNET_RESNET) if found[2] == 'resnets' else found[4]}"
     found = _BLOCK.fullmatch(name)
     if found is None:
-        raise ValueError(f"export: {name} is no weight of a Stable Diffusion 1 UNet")
+        raise ValueError(f"export: {name} is no weight of a Stable Diffusion UNet")
     side, kind, rest = found[2], found[4], found[6]
     first = (layers + 1) * int(found[3])  # of the block, whose resnets (and attentions) have a place each
     if kind == "downsamplers":

@@ -1,72 +1,114 @@
-"""The whole model in one file, as AUTOMATIC1111 and ComfyUI load it, with the adapters merged in."""
+"""The whole model in one file, as AUTOMATIC1111 and ComfyUI load it, with what was trained in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
 from diffusion_api.job import TrainerSpec
-from diffusion_api.method import LoRA
+from diffusion_api.model import Family as FamilyName
 from diffusion_trainer import tensorfile
 from diffusion_trainer.export import original_names
-from diffusion_trainer.export.adapter_names import DOWN, UP, modules
+from diffusion_trainer.export.components import Component, denoiser_folder, published, trained_components
+from diffusion_trainer.export.original_mmdit import mmdit
+from diffusion_trainer.export.original_text import clip, open_clip
 from diffusion_trainer.models.base import Family
 
 FILE = "model.safetensors"
-_POSITIONS = original_names.TEXT + "embeddings.position_ids"
+_POSITIONS = "embeddings.position_ids"
+_ARCHITECTURES: dict[FamilyName, str] = {
+    "SD1": "stable-diffusion-v1",
+    "SD2": "stable-diffusion-v2-512",
+    "SDXL": "stable-diffusion-xl-v1-base",
+    "SD3": "stable-diffusion-3",
+}
 
 
-def export_single_file(
-    weights: Mapping[str, torch.Tensor], family: Family, spec: TrainerSpec, *, folder: Path
-) -> list[Path]:
+def export_single_file(weights: Mapping[str, Tensor], family: Family, spec: TrainerSpec, *, folder: Path) -> list[Path]:
     """Write `model.safetensors` into `folder` and return the files written.
 
-    `weights` as for `export_diffusers`. The base weights are read from the model's files again, in the precision that
-    they were published in, and keep it; sums are made in fp32. Names are those of the original repository.
+    `weights` as for the other formats. What was not trained is read from the model's files again, in the precision that
+    it was published in, and keeps it; adapters are added in fp32. Names are those of the original repositories.
     """
-    files = family.weight_files()
-    unet = load_file(files["unet/diffusion_pytorch_model.safetensors"])
-    _merge(unet, weights, spec.lora or LoRA())
-    tensors = _renamed(unet, original_names.unet(unet))
-    vae = load_file(files["vae/diffusion_pytorch_model.safetensors"])
-    tensors |= {name: _as_convolution(name, value) for name, value in _renamed(vae, original_names.vae(vae)).items()}
-    text = load_file(files["text_encoder/model.safetensors"])
-    tensors |= _renamed(text, original_names.text(text))
-    positions = tensors[original_names.TEXT + "embeddings.position_embedding.weight"].shape[0]
-    tensors[_POSITIONS] = torch.arange(positions)[None]  # a buffer that loaders of that time insist on
+    trained = trained_components(weights, family, spec)
+    names = dict.fromkeys([denoiser_folder(family), "vae", *family.text_encoders])
+    content: Component = {}
+    for component in names:
+        tensors = trained[component] if component in trained else published(family, component)
+        content |= _original(component, family.name)(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    tensorfile.write(path, tensors, _metadata(spec))
+    tensorfile.write(path, content, _metadata(family, spec))
     return [path]
 
 
-def _merge(unet: dict[str, torch.Tensor], weights: Mapping[str, torch.Tensor], lora: LoRA) -> None:
-    """Add alpha / rank * B @ A to each adapted weight."""
-    for module in modules(weights):
-        name = f"{module}.weight"
-        down, up = (weights[module + part].detach().cpu().float() for part in (DOWN, UP))
-        unet[name] = (unet[name].float() + lora.alpha / lora.rank * (up @ down)).to(unet[name].dtype)
+def architecture(family: Family) -> str:
+    """Return the family's name in Stability's model specification."""
+    name = _ARCHITECTURES[family.name]
+    v_prediction = family.name == "SD2" and getattr(family.process, "prediction_type", "") == "VPrediction"
+    return "stable-diffusion-v2-768-v" if v_prediction else name
 
 
-def _renamed(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def _original(component: str, family: FamilyName) -> Callable[[Component], Component]:
+    """Return what gives a component of a family its original names and shapes."""
+    if component == "vae":
+        return _vae
+    if component == "unet":
+        return _unet
+    if component == "transformer":
+        return mmdit
+    return _TEXTS[family, component]
+
+
+def _unet(tensors: Component) -> Component:
+    return _renamed(tensors, original_names.unet(tensors))
+
+
+def _vae(tensors: Component) -> Component:
+    named = _renamed(tensors, original_names.vae(tensors))
+    return {name: _as_convolution(name, value) for name, value in named.items()}
+
+
+def _sd1_text(tensors: Component) -> Component:
+    prefix = "cond_stage_model.transformer."
+    named = clip(tensors, prefix)
+    positions = len(named[f"{prefix}text_model.embeddings.position_embedding.weight"])
+    # A buffer that loaders of that time insist on.
+    return named | {f"{prefix}text_model.{_POSITIONS}": torch.arange(positions)[None]}
+
+
+_TEXTS: dict[tuple[FamilyName, str], Callable[[Component], Component]] = {
+    ("SD1", "text_encoder"): _sd1_text,
+    ("SD2", "text_encoder"): lambda tensors: open_clip(tensors, "cond_stage_model.model."),
+    ("SDXL", "text_encoder"): lambda tensors: clip(tensors, "conditioner.embedders.0.transformer."),
+    ("SDXL", "text_encoder_2"): lambda tensors: open_clip(tensors, "conditioner.embedders.1.model."),
+    ("SD3", "text_encoder"): lambda tensors: clip(tensors, "text_encoders.clip_l.transformer."),
+    ("SD3", "text_encoder_2"): lambda tensors: clip(tensors, "text_encoders.clip_g.transformer."),
+    ("SD3", "text_encoder_3"): lambda tensors: {
+        f"text_encoders.t5xxl.transformer.{name}": tensor for name, tensor in tensors.items()
+    },
+}
+
+
+def _renamed(tensors: Component, names: Mapping[str, str]) -> Component:
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _as_convolution(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _as_convolution(name: str, tensor: Tensor) -> Tensor:
     """Return the weight of the VAE's attention as the 1x1 convolution that it was."""
     return tensor[:, :, None, None] if ".mid.attn_1." in name and tensor.ndim == 2 else tensor
 
 
-def _metadata(spec: TrainerSpec) -> dict[str, str]:
+def _metadata(family: Family, spec: TrainerSpec) -> dict[str, str]:
     resolution = spec.dataset.resolution
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.architecture": architecture(family),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.title": "Stable Diffusion 1 with LoRA merged",
+        "modelspec.title": f"{family.name}, {spec.method}" + (", merged" if spec.trains == "Adapter" else ""),
     }

@@ -1,7 +1,8 @@
 """Model families: loading, encoding, and where adapters go. One file per family.
 
 Belongs here: the `Family` protocol and its implementations, the check of a model's files before anything is loaded,
-adapters. Does not belong here: losses and timesteps (`objective`), file formats of results (`export`).
+their conditioning. Does not belong here: what is trained (`methods`), losses and times (`objective`), file formats of
+results (`export`).
 
 Models are hostile input: safetensors only, no code from the model's folder, class names from an allow-list, no network.
 """
@@ -14,15 +15,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusion_trainer.models.base import Family
     from diffusion_trainer.models.fetching import fetch_model
-    from diffusion_trainer.models.lora import add_lora, trainable
     from diffusion_trainer.models.opening import open_model
 
-__all__ = ["Family", "add_lora", "fetch_model", "open_model", "trainable"]
+__all__ = ["Family", "fetch_model", "open_model"]
 
 _ROOMS = {
     "base": ("Family",),
     "fetching": ("fetch_model",),
-    "lora": ("add_lora", "trainable"),
     "opening": ("open_model",),
 }
 

@@ -127,5 +127,8 @@ class Family(Protocol):
         ...
 
     def release_encoders(self) -> None:
-        """Move VAE and text encoders to the CPU, out of the denoiser's way. They come back by themselves when used."""
+        """Move VAE and text encoders to the CPU, out of the denoiser's way. They come back by themselves when used.
+
+        Text encoders that are trained stay.
+        """
         ...

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion_api.job import TrainerSpec
+from diffusion_api.model import Family as FamilyName
 from diffusion_api.model import Model
-from diffusion_trainer.errors import BadData, InputMissing
+from diffusion_trainer.errors import BadConfig, BadData, InputMissing
 
 INDEX = "model_index.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 # Keys by which a configuration can name code, or libraries that load code or pickles.
 _FORBIDDEN_KEYS = frozenset({"auto_map", "custom_pipelines", "quantization_config", "trust_remote_code"})
-_PIPELINES = {
+_PIPELINES: dict[str, FamilyName] = {
     "StableDiffusionPipeline": "SD1",
     "StableDiffusionXLPipeline": "SDXL",
     "StableDiffusion3Pipeline": "SD3",
@@ -64,7 +66,7 @@ TRAINABLE = {"SD1": SD1}
 """Components of each family that can be trained."""
 
 
-def family_of(folder: Path) -> str:
+def family_of(folder: Path) -> FamilyName:
     """Return the family of a model in diffusers layout, as its index and configurations say.
 
     Raises:
@@ -85,7 +87,7 @@ def family_of(folder: Path) -> str:
     return family
 
 
-def trainable_family(folder: Path, model: Model) -> str:
+def trainable_family(folder: Path, model: Model) -> FamilyName:
     """Return the family of a model. Raises `BadData` when it is not the one asked for, or cannot be trained yet."""
     found = family_of(folder)
     if model.family not in {"Auto", found}:
@@ -96,6 +98,12 @@ def trainable_family(folder: Path, model: Model) -> str:
             f"{' or '.join(TRAINABLE)}"
         )
     return found
+
+
+def check_fit(family: FamilyName, spec: TrainerSpec) -> None:
+    """Raise `BadConfig` where the job asks for what a model of that family cannot do."""
+    for path, value, reason in spec.misfits(family):
+        raise BadConfig(f"{path}: {value}: {reason}" if path != "method" else f"method: {reason}")
 
 
 def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, Path]:

@@ -84,6 +84,12 @@ def load_discrete_process(folder: Path) -> DiscreteProcess:
     return DiscreteProcess(scheduler.alphas_cumprod, _PREDICTIONS[prediction], config)
 
 
+def release(encoder: Any) -> None:
+    """Move an encoder to the CPU; one that is trained stays where its optimizer expects it."""
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        encoder.to("cpu")
+
+
 def frozen(module: Any) -> Any:
     """Return a module that is not trained."""
     return module.requires_grad_(False).eval()

@@ -15,7 +15,7 @@ from diffusion_trainer.models.autoencoder import Autoencoder
 from diffusion_trainer.models.base import Conditioning, Targets
 from diffusion_trainer.models.files import ModelFiles
 from diffusion_trainer.models.inspection import SD1, check_files, read_json
-from diffusion_trainer.models.loading import load_discrete_process, load_text_encoder, load_tokenizer, loaded
+from diffusion_trainer.models.loading import load_discrete_process, load_text_encoder, load_tokenizer, loaded, release
 from diffusion_trainer.objective import Process
 
 TOKENS = 77
@@ -111,4 +111,4 @@ class StableDiffusion1:
 
     def release_encoders(self) -> None:  # noqa: D102
         self._autoencoder.release()
-        self._encoder.to("cpu")
+        release(self._encoder)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from diffusion_api.validation import SamplePrompt
 from diffusion_trainer.data.lock import Shape
 from diffusion_trainer.data.transforms import Geometry
+from diffusion_trainer.methods import TextPath
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.rng import Purpose, stream
 from diffusion_trainer.sampling.samplers import denoised, sampler_name
@@ -48,16 +49,19 @@ class SampleGrid:
         return _png(self.pictures[index], self.parameters[index])
 
 
-def sample_grid(family: Family, prompts: Sequence[SamplePrompt], *, size: Shape) -> SampleGrid:
+def sample_grid(
+    family: Family, prompts: Sequence[SamplePrompt], *, size: Shape, text: TextPath | None = None
+) -> SampleGrid:
     """Draw one picture for each prompt, of which there must be one; `size` is (width, height) in pixels.
 
     The noise is a function of the prompt's seed alone, so pictures of different
     steps can be compared. The denoiser is left in the mode (train or eval) it was in, and the encoders on the CPU.
+    `text` is the way of prompts to the denoiser; by default, through the frozen encoders.
     """
     if not prompts:
         raise ValueError("sample_grid: there is no prompt")
     with _evaluating(family):
-        texts = family.encode_text([text for prompt in prompts for text in (prompt.negative_prompt, prompt.prompt)])
+        texts = (text or TextPath(family)).encode([said for p in prompts for said in (p.negative_prompt, p.prompt)])
         family.release_encoders()
         shape = (family.latent_channels, size[1] // family.latent_scale, size[0] // family.latent_scale)
         latents = [

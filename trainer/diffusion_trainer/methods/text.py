@@ -1,0 +1,36 @@
+"""Text encoders as what is trained: which of them, and the names of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from diffusion_trainer.models import Family
+
+_CLIP = "text_model."
+
+
+def clip_encoders(family: Family) -> dict[str, nn.Module]:
+    """Return CLIP's text encoders of a family by their folders; T5 is never trained."""
+    return {name: encoder for name, encoder in family.text_encoders.items() if is_clip(encoder)}
+
+
+def is_clip(encoder: nn.Module) -> bool:
+    """Return whether a text encoder is CLIP's, with or without its projection."""
+    return type(encoder).__name__ in {"CLIPTextModel", "CLIPTextModelWithProjection"}
+
+
+def published_name(path: str) -> str:
+    """Return the name of a weight of CLIP's text encoder as it stands in published files.
+
+    transformers 5.6 dropped the prefix `text_model.` from CLIPTextModel, and no program that loads adapters did.
+    """
+    return path if path.startswith((_CLIP, "text_projection.")) else _CLIP + path
+
+
+def named(encoders: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of encoders as `text_encoder.<published name>`."""
+    for folder, encoder in encoders.items():
+        for path, parameter in encoder.named_parameters():
+            yield f"{folder}.{published_name(path)}", parameter
