@@ -31,6 +31,19 @@ ANNOTATION_RUN = f"{GROUP}/run"
 """The RunConfig as JSON; the trainer reads it through the downward API. The API server refuses more than 256 KiB."""
 ANNOTATION_DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
 
+# What pods say to Kueue; docs/reference/kueue.md.
+KUEUE_PREFIX = "kueue.x-k8s.io/"
+LABEL_QUEUE = f"{KUEUE_PREFIX}queue-name"
+"""On the job: its LocalQueue. Passed on to its pods."""
+LABEL_QUEUE_PRIORITY = f"{KUEUE_PREFIX}priority-class"
+"""On the job: its WorkloadPriorityClass. Passed on to its pods."""
+LABEL_POD_GROUP = f"{KUEUE_PREFIX}pod-group-name"
+ANNOTATION_POD_GROUP_COUNT = f"{KUEUE_PREFIX}pod-group-total-count"
+ANNOTATION_POD_GROUP_ROLE = f"{KUEUE_PREFIX}role-hash"
+ANNOTATION_RETRIABLE = f"{KUEUE_PREFIX}retriable-in-group"
+FINALIZER_KUEUE = f"{KUEUE_PREFIX}managed"
+"""On a pod for as long as Kueue counts on it."""
+
 # The trainer's container.
 TRAINER_CONTAINER = "trainer"
 METRICS_PORT = 9100
@@ -88,6 +101,14 @@ PREFLIGHT_ATTEMPT = 0
 def preflight_name(job: str, number: int) -> str:
     """Return the name of the pod of a job's preflight; `number` counts tries, from 0."""
     return f"{job}-preflight-{number}" if number else f"{job}-preflight"
+
+
+def workload_name(job: str, job_uid: str, attempt: int) -> str:
+    """Return the name of a job's pod group and of its Kueue Workload; `attempt` is the first one in it.
+
+    At most 63 characters for every number that is ever reached; the uid tells a job from an earlier one of its name.
+    """
+    return f"{job[:40].rstrip('-')}-{job_uid[:8]}-{attempt}"
 
 
 def checkpoint_prefix(job_uid: str) -> str:

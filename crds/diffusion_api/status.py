@@ -275,6 +275,8 @@ class JobStatus(ApiModel):
     """Number of the current or last attempt; written before its pods are created."""
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=MAX_ATTEMPTS)] = ()
     """Newest first."""
+    workload: Annotated[str, Field(max_length=63)] | None = None
+    """Name of its Kueue Workload, its place in the queue; kept over attempts. None where it asks for no queue."""
     next_attempt_at: Timestamp | None = None
     """When the next attempt may start, while a backoff runs."""
     micro_batch_size: int | None = None

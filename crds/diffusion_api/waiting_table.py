@@ -277,8 +277,8 @@ WAITS: tuple[Wait, ...] = (
         _C.GATED,
         "queue",
         "Kueue holds the pod back, and its Workload is not to be seen",
-        "check that Kueue runs: kubectl get pods --namespace kueue-system; and that the queue in the label "
-        "kueue.x-k8s.io/queue-name exists",
+        "check that Kueue runs: kubectl get pods --namespace kueue-system; and that the WorkloadPriorityClass in the "
+        "label kueue.x-k8s.io/priority-class exists: kubectl get workloadpriorityclasses",
     ),
     Wait(
         _C.NO_SUCH_NODE,

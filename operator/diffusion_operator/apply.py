@@ -1,4 +1,4 @@
-"""The only writer: the status first, then pods, then events.
+"""The only writer: the status first, then pods, then what Kueue has to be told, then events.
 
 The status comes first because it is what survives: an attempt's number stands there before its pods exist, an ending
 before anything is tidied up. Whatever a crash leaves undone, the next look at the job finds to be done.
@@ -17,7 +17,7 @@ from diffusion_operator.desired import event
 from diffusion_operator.errors import ConflictError, ExistsError, NotFoundError, RefusedError
 from diffusion_operator.knowledge import Knowledge
 from diffusion_operator.policies.waiting.refused import why_refused
-from diffusion_operator.state import Decision, Job, Object, Refusal, SeenPod
+from diffusion_operator.state import Decision, Job, Mark, Object, Refusal, SeenPod
 from diffusion_operator.status import to_object
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,29 @@ async def apply(decision: Decision, job: Job, *, knowledge: Knowledge, cluster: 
         await cluster.delete_job(job.raw)
     for manifest in decision.create:
         await _create(manifest, job, knowledge=knowledge, cluster=cluster)
+    await tell_kueue(decision.mark, decision.leave, namespace=job.namespace, knowledge=knowledge, cluster=cluster)
     return written
+
+
+async def tell_kueue(
+    mark: tuple[Mark, ...], leave: tuple[str, ...], *, namespace: str, knowledge: Knowledge, cluster: Cluster
+) -> None:
+    """Change pods' marks and delete Workloads; what is gone already needs neither.
+
+    Raises:
+        RefusedError: the rights for it were not given; examples/install/operator.yaml has them.
+        UnavailableError: look again later.
+    """
+    for one in mark:
+        try:
+            knowledge.pods.put(await cluster.patch_pod(one.pod.raw, one.metadata))
+        except (ConflictError, NotFoundError) as error:
+            logger.debug("pod %s is gone: %s", one.pod.name, error)
+    for name in leave:
+        try:
+            await cluster.delete_workload(namespace, name)
+        except NotFoundError as error:
+            logger.debug("left already: %s", error)
 
 
 async def tell(job: Job, *, now: datetime, knowledge: Knowledge, cluster: Cluster) -> None:

@@ -35,6 +35,7 @@ from diffusion_operator.state import Object, Surroundings
 logger = logging.getLogger(__name__)
 
 JOBS = f"/apis/{names.API_VERSION}/{names.JOB_PLURAL}"
+WORKLOADS = "/apis/kueue.x-k8s.io/v1beta2/workloads"
 PROFILES = f"/apis/{names.API_VERSION}/{names.PROFILE_PLURAL}"
 POD_SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
 PAGE = 500
@@ -82,6 +83,15 @@ class Cluster(Protocol):
 
     async def delete_pod(self, pod: Object) -> None:
         """Ask for the deletion of exactly this pod, with the grace that it names."""
+
+    async def patch_pod(self, pod: Object, metadata: Object) -> Object:
+        """Merge into the metadata of exactly this pod."""
+
+    async def list_workloads(self, namespace: str) -> tuple[Object, ...] | None:
+        """Return Kueue's Workloads; None where there is no Kueue, or not the right to list them."""
+
+    async def delete_workload(self, namespace: str, name: str) -> None:
+        """Delete the Workload."""
 
     async def list_pod_events(self, pod: Object) -> tuple[Object, ...]:
         """Return the events about the pod."""
@@ -183,6 +193,20 @@ class KubernetesCluster:
         path = f"{_within(metadata['namespace'], '/api/v1/pods')}/{metadata['name']}"
         await self._request("DELETE", path, body={"preconditions": {"uid": metadata["uid"]}})
 
+    async def patch_pod(self, pod: Object, metadata: Object) -> Object:
+        """Merge into the pod's metadata if it is still the same one."""
+        known = pod["metadata"]
+        path = f"{_within(known['namespace'], '/api/v1/pods')}/{known['name']}"
+        return await self._request("PATCH", path, body={"metadata": {"uid": known["uid"], **metadata}})
+
+    async def list_workloads(self, namespace: str) -> tuple[Object, ...] | None:
+        """Return Kueue's Workloads, reduced to what tells why they wait."""
+        return await self._readable(_within(namespace, WORKLOADS), surroundings.workload)
+
+    async def delete_workload(self, namespace: str, name: str) -> None:
+        """Delete the Workload; Kueue lets go of the pods in its group."""
+        await self._request("DELETE", f"{_within(namespace, WORKLOADS)}/{name}")
+
     async def list_pod_events(self, pod: Object) -> tuple[Object, ...]:
         """Return the events about exactly this pod."""
         metadata = pod["metadata"]
@@ -208,10 +232,10 @@ class KubernetesCluster:
         return True
 
     async def _readable(self, path: str, reduce: Callable[[Object], Object], **query: str) -> tuple[Object, ...] | None:
-        """Return the reduced objects; None where the operator has not been given the right to list them."""
+        """Return the reduced objects; None where the kind is unknown here, or the right to list it was not given."""
         try:
             return (await self._list(path, query, reduce)).items
-        except RefusedError as error:
+        except (NotFoundError, RefusedError) as error:
             logger.debug("not looked at: %s", error)
             return None
 
@@ -262,7 +286,8 @@ class KubernetesCluster:
             if not (self._may_write() or path.startswith(LEASES.rpartition("/")[0])):
                 raise UnavailableError(f"{method} {path}: another operator may be the active one by now")
             self._fail("before", method)
-        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        content_type = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = {"Accept": "application/json", "Content-Type": content_type}
         parameters = list((query or {}).items())
         try:
             request = await self._client.param_serialize(

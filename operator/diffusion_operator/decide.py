@@ -17,6 +17,7 @@ from diffusion_operator.policies.finished import stays_finished
 from diffusion_operator.policies.limits import limit_is_reached, seconds_to_next
 from diffusion_operator.policies.managed_by import is_somebody_elses
 from diffusion_operator.policies.preflight import preflight_first
+from diffusion_operator.policies.queueing import keep_up_with_kueue
 from diffusion_operator.policies.resources import profile_refuses
 from diffusion_operator.policies.run_policy import backs_off
 from diffusion_operator.policies.stall import hangs
@@ -60,6 +61,8 @@ def decide(job: Job, seen: Observed, *, now: datetime, status_seconds: float = 1
     for policy in POLICIES:
         decision = policy(case)
         if decision is not None:
+            if policy is not is_somebody_elses:
+                decision = keep_up_with_kueue(decision, case)
             return _rounded_off(decision, case, limited=policy in LIMITED)
     raise AssertionError("the last policy always answers")
 

@@ -13,6 +13,8 @@ from diffusion_operator.state import Job, Object, Refusal, Surroundings
 
 AROUND_SECONDS = 30
 """Least seconds between two looks at the rest of the cluster, however many jobs wait."""
+QUEUE_SECONDS = 2
+"""Least seconds between two looks at the queues of one namespace."""
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Knowledge:
     """By job uid: names of events that exist already."""
     _around: tuple[datetime, Surroundings] | None = None
     _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _workloads: dict[str, tuple[datetime, tuple[Object, ...] | None]] = field(default_factory=dict)
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def forget(self, uid: str) -> None:
         """Forget everything about a job that is gone."""
@@ -56,6 +60,15 @@ class Knowledge:
                 found = await cluster.look_around()
                 self._around = (now, replace(found, job_ends=self._job_ends()))
             return self._around[1]
+
+    async def workloads(self, cluster: Cluster, namespace: str, *, now: datetime) -> tuple[Object, ...] | None:
+        """Return Kueue's Workloads of the namespace as they were at most `QUEUE_SECONDS` ago."""
+        async with self._asking:
+            known = self._workloads.get(namespace)
+            if known is None or not timedelta(0) <= now - known[0] < timedelta(seconds=QUEUE_SECONDS):
+                known = (now, await cluster.list_workloads(namespace))
+                self._workloads[namespace] = known
+            return known[1]
 
     def _job_ends(self) -> dict[str, datetime]:
         jobs = (Job.read(raw) for raw in self.jobs if (raw.get("status") or {}).get("progress"))

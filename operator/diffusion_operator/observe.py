@@ -17,7 +17,8 @@ async def observe(
 ) -> Observed:
     """Return everything about the job.
 
-    Asked for are only events of pods that wait, and what is around those that find no node; the rest is known.
+    Asked for are only events of pods that wait, what is around those that find no node, and Kueue's view of those that
+    it holds back; the rest is known.
     """
     pods = knowledge.pods.of_job(job.uid)
     events: list[Object] = []
@@ -25,6 +26,8 @@ async def observe(
         if pod.waits_on_its_node or pod.unschedulable:
             events += await cluster.list_pod_events(pod.raw)
     around = await knowledge.around(cluster, now=now) if any(pod.unschedulable for pod in pods) else None
+    gated = any(pod.gated for pod in pods)
+    workloads = await knowledge.workloads(cluster, job.namespace, now=now) if gated else None
     resources = job.spec.resources if job.spec is not None else None
     others = {found["metadata"]["name"]: found for found in _alternatives(resources, knowledge)}
     return Observed(
@@ -36,6 +39,7 @@ async def observe(
         profile_names=tuple(profile["metadata"]["name"] for profile in knowledge.profiles),
         pod_events=tuple(events),
         around=around,
+        workloads=workloads,
         heard=progress.heard(job.uid, attempt=job.status.attempt),
         refusal=knowledge.refusals.get(job.uid),
     )

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from diffusion_api import names
 from diffusion_api.status import JobStatus
-from diffusion_operator.apply import apply, tell
+from diffusion_operator.apply import apply, tell, tell_kueue
 from diffusion_operator.cluster import Cluster
 from diffusion_operator.decide import decide
 from diffusion_operator.errors import ConflictError, NotFoundError
 from diffusion_operator.knowledge import Knowledge
 from diffusion_operator.metrics import Metrics
 from diffusion_operator.observe import observe
+from diffusion_operator.policies.queueing import leaving
 from diffusion_operator.progress import ProgressSource
 from diffusion_operator.settings import Settings
 from diffusion_operator.state import Decision, Job
@@ -40,11 +42,12 @@ class Reconciler:
             ClusterError: something could not be read or written; look again later.
         """
         raw = self.knowledge.jobs.get(uid)
+        now = self.clock()
         if raw is None:
+            await self._leave_queue(uid, now)
             self.forget(uid)
             return None
         job = Job.read(raw)
-        now = self.clock()
         self._bury(job)
         seen = await observe(
             job,
@@ -69,6 +72,23 @@ class Reconciler:
         self._follow(job, decision)
         await self._tell(uid, now)
         return 0 if decision.create else decision.again_seconds
+
+    async def _leave_queue(self, uid: str, now: datetime) -> None:
+        """Give back the place of a job that is gone: garbage collection waits for Kueue, which waits for new pods."""
+        pods = self.knowledge.pods.of_job(uid)
+        found = leaving(pods, kept=None, now=now)
+        if not found.mark and not found.leave:
+            return
+        metadata = pods[0].raw["metadata"]
+        namespace = metadata["namespace"]
+        try:
+            job = await self.cluster.get_job(namespace, metadata["labels"][names.LABEL_JOB_NAME])
+            if job["metadata"]["uid"] == uid:
+                self.knowledge.jobs.put(job)  # not gone: only unheard of
+                return
+        except NotFoundError:
+            logger.debug("job %s in %s is gone, its pods are not", uid, namespace)
+        await tell_kueue(found.mark, found.leave, namespace=namespace, knowledge=self.knowledge, cluster=self.cluster)
 
     def forget(self, uid: str) -> None:
         """Forget a job that is gone."""

@@ -180,6 +180,28 @@ class SeenPod:
         waits = not self.gone and not self.deleting and not self.node
         return waits and self.condition("PodScheduled").get("reason") == "Unschedulable"
 
+    @property
+    def gated(self) -> bool:
+        """Whether Kueue holds it back."""
+        gates = self.raw["spec"].get("schedulingGates") or ()
+        return not self.gone and any(gate["name"].startswith(names.KUEUE_PREFIX) for gate in gates)
+
+    @property
+    def held(self) -> bool:
+        """Whether Kueue counts on it, and keeps its object until it does not any more."""
+        return not self.gone and names.FINALIZER_KUEUE in (self.raw["metadata"].get("finalizers") or ())
+
+    @property
+    def group(self) -> str:
+        """Its pod group in Kueue, which is the name of its Workload; empty without one."""
+        return str(self.raw["metadata"].get("labels", {}).get(names.LABEL_POD_GROUP, ""))
+
+    @property
+    def disruption(self) -> Mapping[str, Any]:
+        """What was announced of its disruption, by Kubernetes or by Kueue; empty where nothing was."""
+        found = (self.condition(kind) for kind in ("DisruptionTarget", "TerminationTarget"))
+        return next((condition for condition in found if condition.get("status") == "True"), {})
+
     def condition(self, kind: str) -> Mapping[str, Any]:
         """Return the condition of that type; empty where it has none."""
         found: list[Mapping[str, Any]] = self._status.get("conditions") or []
@@ -208,7 +230,7 @@ class SeenPod:
         A deletion's timestamp is the end of the grace, not its beginning. That a new attempt starts beside such a pod
         is safe: checkpoints are fenced.
         """
-        if not self.deleting or self.gone:
+        if not self.deleting or self.gone or not self.node:
             return False
         deadline = timestamps.from_text(self.raw["metadata"]["deletionTimestamp"])
         return now >= deadline + timedelta(seconds=STUCK_SECONDS)
@@ -223,7 +245,9 @@ class SeenPod:
 
     def ended(self, now: datetime) -> bool:
         """Return whether nothing more is to be expected of it."""
-        return self.gone or self.finished or self.stuck(now) or self.lost(now)
+        # Of one without a node only a finalizer keeps the object: it will never run.
+        unplaced = self.deleting and not self.node
+        return self.gone or self.finished or unplaced or self.stuck(now) or self.lost(now)
 
     def live(self, now: datetime) -> bool:
         """Return whether it may still run."""
@@ -312,6 +336,8 @@ class Observed:
     """Events about pods that wait."""
     around: Surroundings | None = None
     """Looked at only while a pod finds no node."""
+    workloads: tuple[Object, ...] | None = None
+    """Kueue's Workloads of the job's namespace; None where nobody asked, or without Kueue or the right to list them."""
     heard: Heard = field(default_factory=Heard)
     refusal: Refusal | None = None
 
@@ -392,8 +418,16 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A change to a pod's metadata, merged into it."""
+
+    pod: SeenPod
+    metadata: Object
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is to be done, in this order: write the status, delete pods, create pods; or delete the job."""
+    """What is to be done, in this order: write the status, delete pods, create pods, tell Kueue; or delete the job."""
 
     rule: str
     """Name of the policy that decided."""
@@ -401,6 +435,9 @@ class Decision:
     """The whole new status; None leaves it as it is."""
     delete: tuple[SeenPod, ...] = ()
     create: tuple[Object, ...] = ()
+    mark: tuple[Mark, ...] = ()
+    leave: tuple[str, ...] = ()
+    """Kueue's Workloads to delete: places in queues that are given back."""
     again_seconds: float | None = None
     """Look again after so many seconds, even if nothing happens; None waits for the next event."""
     poll: SeenPod | None = None

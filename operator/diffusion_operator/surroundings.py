@@ -38,6 +38,16 @@ def placed_pod(raw: Object) -> Object:
     }
 
 
+def workload(raw: Object) -> Object:
+    """Return a Workload as far as it says why it waits and who is before it; its pod templates are most of it."""
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    return {
+        "metadata": _some(metadata, "name", "namespace", "uid", "creationTimestamp"),
+        "spec": _some(spec, "queueName", "priority", "active"),
+        "status": _some(status, "conditions", "admissionChecks"),
+    }
+
+
 _CONTAINERS = ("containers", "initContainers")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from diffusion_operator.cache import Listing
 from diffusion_operator.errors import ConflictError, ExistsError, NotFoundError, UnavailableError
 from diffusion_operator.state import Heard, Surroundings
-from testkit.builders import at
+from testkit.builders import at, merge
 
 Object = dict[str, Any]
 Key = tuple[str, str]
@@ -45,6 +45,8 @@ class MemoryCluster:
     errors: list[Exception] = field(default_factory=list)
     """Answers to the next writes instead of doing them."""
     version: int = 100
+    workloads: list[Object] | None = None
+    """Kueue's; None without Kueue."""
 
     def add_job(self, job: Object) -> Object:
         """Put a job in, as a user does."""
@@ -144,6 +146,31 @@ class MemoryCluster:
             self._store(self.pods, current)
 
         self._write(f"delete {pod['metadata']['name']}", write)
+
+    async def patch_pod(self, pod: Object, metadata: Object) -> Object:
+        def write() -> Object:
+            current = self._get(self.pods, _key(pod))
+            if current["metadata"]["uid"] != pod["metadata"]["uid"]:
+                raise ConflictError("another pod has the name")
+            return self._store(self.pods, merge(current, {"metadata": metadata}))
+
+        patched: Object = self._write(f"patch {pod['metadata']['name']}", write)
+        return patched
+
+    async def list_workloads(self, namespace: str) -> tuple[Object, ...] | None:
+        if self.workloads is None:
+            return None
+        found = [one for one in self.workloads if one["metadata"]["namespace"] == namespace]
+        return tuple(copy.deepcopy(found))
+
+    async def delete_workload(self, namespace: str, name: str) -> None:
+        def write() -> None:
+            left = [one for one in self.workloads or () if _key(one) != (namespace, name)]
+            if len(left) == len(self.workloads or ()):
+                raise NotFoundError(f"{name}: not found")
+            self.workloads = left
+
+        self._write(f"delete workload {name}", write)
 
     async def list_pod_events(self, pod: Object) -> tuple[Object, ...]:
         uid = pod["metadata"]["uid"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusion_api import names
 from diffusion_api.job import JobSpec
 from diffusion_api.training_profile import ProfileSpec
-from diffusion_operator.desired import pod
+from diffusion_operator.desired import pod, pod_group
 from diffusion_operator.state import Job, Object
 
 COMMAND = (*pod.COMMAND, "--preflight")
@@ -23,13 +23,17 @@ _OF_THE_PROFILE = ("affinity", "nodeSelector", "runtimeClassName", "schedulerNam
 def build(job: Job, spec: JobSpec, profile: ProfileSpec, *, number: int, trainer_image: str) -> Object:
     """Return the manifest of the preflight's `number`-th pod, from 0. Passes Pod Security `restricted`.
 
-    What the user set in podOverrides is kept, what the profile says of nodes and devices is not.
+    What the user set in podOverrides is kept, but for queues and gangs: nothing that they share out is asked for. What
+    the profile says of nodes and devices is not.
     """
     attempt = pod.Attempt(number=1, micro_batch_size=None, trainer_image=trainer_image)
     manifest = pod.build(job, spec, profile, attempt=attempt, rank=0)
     metadata, content = manifest["metadata"], manifest["spec"]
     metadata["name"] = names.preflight_name(job.name, number)
-    metadata["labels"] = spec.pod_overrides.labels | pod.labels(job, attempt=names.PREFLIGHT_ATTEMPT, rank=number)
+    metadata["annotations"] = pod_group.alone(metadata["annotations"])
+    metadata["labels"] = pod_group.alone(spec.pod_overrides.labels) | pod.labels(
+        job, attempt=names.PREFLIGHT_ATTEMPT, rank=number
+    )
     for key in _OF_THE_PROFILE:
         content.pop(key, None)
     overrides = spec.pod_overrides

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from diffusion_api import names
 from diffusion_api.status import JobStatus
-from diffusion_operator.policies import attempt_starts, failover
+from diffusion_operator.policies import attempt_starts, failover, queueing
 from diffusion_operator.policies.attempt_ended import nodes_of, seconds_to_stuck
 from diffusion_operator.policies.leftovers import leftovers
 from diffusion_operator.policies.pending import why_waiting
@@ -43,7 +44,7 @@ def attempt_runs(case: Case) -> Decision | None:
         if missing:
             return Decision(rule="attemptRuns", status=_refused(case), create=attempt_starts.services(case) + missing)
     status = accepted(case)
-    status = edit_attempt(status, nodes=nodes_of(pods) or attempt.nodes)
+    status = queueing.admission(case, edit_attempt(status, nodes=nodes_of(pods) or attempt.nodes), pods)
     stopping = tuple(pod for pod in pods if pod.deleting)
     if stopping:
         return _stops(case, status, stopping)
@@ -77,6 +78,11 @@ def _stops(case: Case, status: JobStatus, stopping: tuple[SeenPod, ...]) -> Deci
 def _waits(case: Case, status: JobStatus, waiting: tuple[SeenPod, ...]) -> Decision:
     pod = waiting[0]
     phase, message = ("Preparing", f"pod {pod.name} starts on {pod.node}") if pod.node else ("Scheduling", "")
+    if pod.gated:
+        phase, message = (
+            "Queued",
+            f"pod {pod.name} waits in queue {pod.raw['metadata']['labels'].get(names.LABEL_QUEUE)}",
+        )
     message = message or f"pod {pod.name} waits for a node"
     why = why_waiting(case, case.pods_of(pod.attempt))
     reason = "Waiting"
@@ -101,7 +107,8 @@ def _again_seconds(case: Case, waiting: tuple[SeenPod, ...]) -> float | None:
         return LOOK_AGAIN_SECONDS
     # A gated pod changes when its gates do; of one that no scheduler looks at there is no news to wait for.
     gated = all(pod.raw["spec"].get("schedulingGates") for pod in waiting)
-    left = (None if gated else LOOK_AROUND_SECONDS, failover.seconds_left(case))
+    queued = queueing.look_again_seconds(case) if any(pod.gated for pod in waiting) else None
+    left = (queued, None if gated else LOOK_AROUND_SECONDS, failover.seconds_left(case))
     return min((seconds for seconds in left if seconds is not None), default=None)
 
 

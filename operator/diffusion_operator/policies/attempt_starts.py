@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from diffusion_api.status import MAX_ATTEMPTS, Attempt, JobStatus
 from diffusion_operator import timestamps
-from diffusion_operator.desired import pod, service
+from diffusion_operator.desired import pod, pod_group, service
 from diffusion_operator.policies.choices import current, placed
 from diffusion_operator.policies.faulty_nodes import avoided
 from diffusion_operator.policies.leftovers import leftovers
+from diffusion_operator.policies.queueing import place
 from diffusion_operator.policies.validation import accepted
 from diffusion_operator.state import Case, Decision, Object
 from diffusion_operator.status import add_attempt, count, set_condition
@@ -46,6 +47,7 @@ def open_next(case: Case, status: JobStatus, *, rule: str) -> Decision:
             "next_attempt_at": None,
         }
     )
+    status = status.model_copy(update={"workload": place(case, status, _unqueued(case, status)[0])})
     generation = case.job.generation
     status = resumed(case, status)
     for kind in ("PodsReady", "Progressing"):
@@ -94,6 +96,13 @@ def resumed(case: Case, status: JobStatus) -> JobStatus:
 
 def pods(case: Case, status: JobStatus) -> tuple[Object, ...]:
     """Return the manifests of all pods of the newest attempt: a function of job, status and profiles alone."""
+    manifests = _unqueued(case, status)
+    if status.workload is None:
+        return manifests
+    return pod_group.join(manifests, pod_group.asked(case.job, case.spec), workload=status.workload)
+
+
+def _unqueued(case: Case, status: JobStatus) -> tuple[Object, ...]:
     choice = current(case, status)
     attempt = pod.Attempt(
         number=status.attempt,

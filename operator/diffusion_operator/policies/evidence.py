@@ -13,7 +13,7 @@ from diffusion_operator.state import SeenPod
 
 SIGTERM_CODE = 143
 SIGKILL_CODE = 137
-NODE_GONE = {"DeletionByTaintManager", "DeletionByPodGC"}
+NODE_GONE = {"DeletionByTaintManager", "DeletionByPodGC", "WorkloadEvictedDueToNodeFailures"}
 BY_KUBELET = "TerminationByKubelet"
 NODE_SHUTDOWN = {"Terminated", "NodeShutdown", "Shutdown", "Preempting", "Evicted"}
 UNKNOWN_END = {"ContainerStatusUnknown", "Unknown"}
@@ -62,7 +62,7 @@ def _stopped_with_others(pod: SeenPod, pods: tuple[SeenPod, ...], now: datetime)
     """
     if pod.finished and not _was_deleted(pod):
         return False
-    if not pod.deleting or pod.stuck(now) or pod.lost(now) or pod.condition("DisruptionTarget").get("status") == "True":
+    if not pod.deleting or pod.stuck(now) or pod.lost(now) or pod.disruption:
         return False
     asked_at = _deletion_asked_at(pod.raw["metadata"])
     for other in pods:
@@ -123,8 +123,8 @@ def _used_too_much_disk(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | Non
 
 
 def _disrupted(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
-    condition = pod.condition("DisruptionTarget")
-    if condition.get("status") != "True":
+    condition = pod.disruption
+    if not condition:
         return None
     reason = str(condition.get("reason", ""))
     if reason != BY_KUBELET and pod.terminated and not _was_deleted(pod):
@@ -204,8 +204,7 @@ def _and_why(pod: SeenPod) -> str:
 
 def _was_disrupted_otherwise(pod: SeenPod) -> bool:
     """Return whether the cluster ended the pod for another reason than that its node was lost, which came later."""
-    condition = pod.condition("DisruptionTarget")
-    return condition.get("status") == "True" and condition.get("reason") not in NODE_GONE
+    return bool(pod.disruption) and pod.disruption.get("reason") not in NODE_GONE
 
 
 def _was_deleted(pod: SeenPod) -> bool:

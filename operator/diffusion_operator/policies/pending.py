@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from diffusion_api.waiting import WaitingCause
+from diffusion_operator.policies.queueing import own_workload
 from diffusion_operator.policies.waiting.diagnosis import explain
 from diffusion_operator.policies.waiting.facts import Diagnosis, WaitingFacts
 from diffusion_operator.state import Case, SeenPod, Surroundings
@@ -35,6 +36,7 @@ def _facts(case: Case, pods: tuple[SeenPod, ...]) -> WaitingFacts:
     if others is not None:
         others = tuple(pod for pod in others if pod["metadata"].get("uid") not in own)
     resources = case.spec.resources
+    workload, position = own_workload(case)
     return WaitingFacts(
         namespace=case.job.namespace,
         pods=tuple(pod.raw for pod in pods),
@@ -46,4 +48,6 @@ def _facts(case: Case, pods: tuple[SeenPod, ...]) -> WaitingFacts:
         nodes=around.nodes,
         others=others,
         job_ends=around.job_ends,
+        workload=workload,
+        queue_position=position,
     )

@@ -41,7 +41,7 @@ def is_suspended(case: Case) -> Decision | None:
 
 
 def _suspended(case: Case, status: JobStatus) -> Decision:
-    changes = {"phase": "Suspended", "message": MESSAGE, "next_attempt_at": None, "start_time": None}
+    changes = {"phase": "Suspended", "message": MESSAGE, "next_attempt_at": None, "start_time": None, "workload": None}
     status = status.model_copy(update=changes)
     said: dict[str, Value] = {"Suspended": "True", "Progressing": "False"}
     for kind, value in said.items():

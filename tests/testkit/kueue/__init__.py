@@ -4,12 +4,14 @@ Belongs here: installing and removing it, and builders of the objects that say w
 here: anything that stands in for Kueue, or that knows diffusion-operator's policies.
 """
 
+from testkit.kueue.beside import KueueManager
 from testkit.kueue.installation import KueueError, install, installed, remove
 from testkit.kueue.objects import cluster_queue, local_queue, priority_class, resource_flavor
 from testkit.kueue.workloads import admitted, evicted, waiting
 
 __all__ = [
     "KueueError",
+    "KueueManager",
     "admitted",
     "cluster_queue",
     "evicted",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from testkit import tools
 from testkit.cluster import ClusterHandle
-from testkit.kube import ApiError, KubectlError, Object, condition
+from testkit.kube import ApiError, Kube, KubectlError, Object, condition
 from testkit.kueue.manifests import MANAGER, NAMESPACE, WEBHOOK_SERVICE, Certificate, Manifests
 from testkit.pki import Authority
 from testkit.waiting import wait_until
@@ -44,12 +44,12 @@ def install(cluster: ClusterHandle, *, exempt: Sequence[str] = ("diffusion-opera
     manifests = Manifests(tools.source("kueue"), certificate=_certificate(), exempt=exempt)
     crds = manifests.crds()
     # The schemas are larger than what the client-side form of apply can keep in an annotation.
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", input=_text(crds))
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", input=text(crds))
     cluster.wait_established(*(crd["metadata"]["name"] for crd in crds))
     cluster.apply(*manifests.manager(image=image))
     _await_manager(cluster)
     cluster.apply(*manifests.webhooks())
-    _await_webhooks(cluster)
+    await_webhooks(cluster, log=lambda: _log(cluster))
 
 
 def remove(cluster: ClusterHandle) -> None:
@@ -102,7 +102,7 @@ def _await_manager(cluster: ClusterHandle) -> None:
         raise KueueError(f"{error}\n{_log(cluster)}") from error
 
 
-def _await_webhooks(cluster: ClusterHandle) -> None:
+def await_webhooks(kube: Kube, *, log: Callable[[], str]) -> None:
     """Ask for a pod, without making it, until the gate of Kueue is seen on it."""
     pod: Object = {
         "metadata": {"name": "probe", "labels": {f"{GROUP}/queue-name": "none"}},
@@ -113,7 +113,7 @@ def _await_webhooks(cluster: ClusterHandle) -> None:
     def gated() -> bool:
         nonlocal refused
         try:
-            made = cluster.api.request("POST", "/api/v1/namespaces/default/pods?dryRun=All", body=pod)
+            made = kube.api.request("POST", "/api/v1/namespaces/default/pods?dryRun=All", body=pod)
         except ApiError as error:
             refused = str(error)
             return False
@@ -122,7 +122,7 @@ def _await_webhooks(cluster: ClusterHandle) -> None:
     try:
         wait_until(gated, describe="Kueue's webhooks to answer", timeout=60, detail=lambda: refused)
     except TimeoutError as error:
-        raise KueueError(f"{error}\n{_log(cluster)}") from error
+        raise KueueError(f"{error}\n{log()}") from error
 
 
 def _log(cluster: ClusterHandle) -> str:
@@ -134,5 +134,6 @@ def _log(cluster: ClusterHandle) -> str:
     return "\n".join(lines)
 
 
-def _text(documents: Sequence[Object]) -> str:
+def text(documents: Sequence[Object]) -> str:
+    """Return the documents as one stream for kubectl."""
     return "\n---\n".join(json.dumps(document) for document in documents)

@@ -27,6 +27,7 @@ MANAGER = "kueue-controller-manager"
 WEBHOOK_SERVICE = "kueue-webhook-service"
 CERTIFICATE = "kueue-webhook-server-cert"
 CONFIGURATION = "kueue-manager-config"
+CERTIFICATE_FILES = ("ca.crt", "tls.crt", "tls.key")
 # Places that are fixed in Kueue's code.
 _CERTIFICATES = ("/tmp/k8s-webhook-server/serving-certs", "/etc/kueue/metrics/certs")
 _WEBHOOK_PORT = 9443
@@ -54,11 +55,15 @@ class Certificate:
 
 
 class Manifests:
-    """The objects of one installation. `source` is the folder of Kueue's module."""
+    """The objects of one installation. `source` is the folder of Kueue's module.
 
-    def __init__(self, source: Path, *, certificate: Certificate, exempt: Sequence[str]) -> None:
+    `url` is where the webhooks of a manager outside of the cluster listen; without it they are behind a Service.
+    """
+
+    def __init__(self, source: Path, *, certificate: Certificate, exempt: Sequence[str], url: str = "") -> None:
         self._components = source / "config" / "components"
         self._certificate = certificate
+        self._url = url
         # Namespaces whose pods never go through Kueue, among them that of Kueue itself: it could not start otherwise.
         self._exempt = {
             "matchExpressions": [
@@ -86,7 +91,7 @@ class Manifests:
         for crd in found:
             conversion = converted.get(crd["metadata"]["name"])
             if conversion:
-                self._point_at_service(conversion["webhook"]["clientConfig"])
+                self._point_at_manager(conversion["webhook"]["clientConfig"])
                 crd["spec"]["conversion"] = conversion
         return found
 
@@ -96,7 +101,7 @@ class Manifests:
         for document in _documents(self._components / "webhook" / "manifests.yaml"):
             kept = [entry for entry in document["webhooks"] if _groups(entry) <= {"", "kueue.x-k8s.io"}]
             for entry in kept:
-                self._point_at_service(entry["clientConfig"])
+                self._point_at_manager(entry["clientConfig"])
                 if "" in _groups(entry):
                     entry["namespaceSelector"] = self._exempt
             found.append(_renamed({**document, "webhooks": kept}))
@@ -114,22 +119,19 @@ class Manifests:
             "kind": "Namespace",
             "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
         }
-        pair = {
-            "ca.crt": self._certificate.authority,
-            "tls.crt": self._certificate.certificate,
-            "tls.key": self._certificate.key,
-        }
-        secret = {name: base64.b64encode(value).decode() for name, value in pair.items()}
+        pair = (self._certificate.authority, self._certificate.certificate, self._certificate.key)
+        secret = {name: base64.b64encode(value).decode() for name, value in zip(CERTIFICATE_FILES, pair, strict=True)}
         return [
             namespace,
             *rights,
             _namespaced("v1", "Secret", CERTIFICATE, data=secret),
-            _namespaced("v1", "ConfigMap", CONFIGURATION, data={"config.yaml": yaml.safe_dump(self._configuration())}),
+            _namespaced("v1", "ConfigMap", CONFIGURATION, data={"config.yaml": yaml.safe_dump(self.configuration())}),
             _service(),
             self._deployment(image),
         ]
 
-    def _configuration(self) -> Object:
+    def configuration(self) -> Object:
+        """Return the manager's configuration."""
         return {
             "apiVersion": "config.kueue.x-k8s.io/v1beta2",
             "kind": "Configuration",
@@ -174,8 +176,11 @@ class Manifests:
         ]
         return found
 
-    def _point_at_service(self, client: Object) -> None:
-        client["service"] |= {"name": WEBHOOK_SERVICE, "namespace": NAMESPACE}
+    def _point_at_manager(self, client: Object) -> None:
+        if self._url:
+            client["url"] = self._url + client.pop("service").get("path", "/")
+        else:
+            client["service"] |= {"name": WEBHOOK_SERVICE, "namespace": NAMESPACE}
         client["caBundle"] = base64.b64encode(self._certificate.authority).decode()
 
     def _is_used(self, patch: Path) -> bool:

@@ -43,7 +43,7 @@ class WaitingFacts:
     workload: Any = None
     """The Kueue Workload of the pods."""
     queue_position: int | None = None
-    """The job's place among those that wait in its ClusterQueue, from 0."""
+    """The job's place among those that wait in its LocalQueue, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

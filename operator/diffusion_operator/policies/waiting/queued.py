@@ -11,6 +11,7 @@ from diffusion_operator.policies.waiting import reading
 from diffusion_operator.policies.waiting.facts import Diagnosis, WaitingFacts, diagnosis
 
 _C = WaitingCause
+EXACT_PLACES = 10
 _OF_REASON = {
     "NoMatchingFlavor": _C.NO_MATCHING_FLAVOR,
     "WaitingForQuota": _C.WAITING_FOR_QUOTA,
@@ -43,6 +44,11 @@ _NO_FLAVOR = ("doesn't match node affinity", "untolerated taint", "unavailable i
 _TOPOLOGY = ("topology", "Topology")
 
 
+def is_judged(facts: WaitingFacts) -> bool:
+    """Return whether Kueue has said anything of the job."""
+    return bool(reading.entries(facts.workload, "status", "conditions"))
+
+
 def why_queued(facts: WaitingFacts) -> Diagnosis | None:
     """Return why Kueue has not admitted the job; None where there is no Workload or it is admitted."""
     workload = facts.workload
@@ -58,13 +64,22 @@ def why_queued(facts: WaitingFacts) -> Diagnosis | None:
     condition = reading.condition(workload, "QuotaReserved")
     reason, message = reading.text(condition, "reason"), reading.text(condition, "message")
     if not condition:
-        cause, variant, message = _C.WAITING_FOR_QUOTA, "", "Kueue has not judged the job yet"
+        # All that Kueue ever says of a LocalQueue that was stopped stands on the LocalQueue.
+        cause, variant = _C.WAITING_FOR_QUOTA, ""
+        message = "Kueue has not judged the job yet; where the queue was stopped, only kubectl get localqueue shows it"
     else:
         cause, variant = _judge(reason, message)
-    place = f"place {facts.queue_position + 1} in the queue; " if isinstance(facts.queue_position, int) else ""
+    place = _place(facts.queue_position) if isinstance(facts.queue_position, int) else ""
     queue = reading.text(workload, "spec", "queueName")
     detail = f"{place}{f'queue {queue}: ' if queue else ''}{message or reason}"
     return diagnosis(cause, detail, variant, **found)
+
+
+def _place(before: int) -> str:
+    """Return the place in words; a far one only roughly, because each change of the status is a write."""
+    if before < EXACT_PLACES:
+        return f"place {before + 1} in the queue; "
+    return f"more than {before // EXACT_PLACES * EXACT_PLACES} are before it in the queue; "
 
 
 def _holds(workload: Any, kind: str) -> bool:

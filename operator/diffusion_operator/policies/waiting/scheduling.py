@@ -5,14 +5,16 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
+from diffusion_api import names
 from diffusion_api.waiting import WaitingCause
 from diffusion_operator.policies.waiting import autoscaling, events, messages, placement, queued, reading
 from diffusion_operator.policies.waiting.autoscaling import Verdict
 from diffusion_operator.policies.waiting.facts import Diagnosis, WaitingFacts, diagnosis
 from diffusion_operator.policies.waiting.placement import Landscape
 
-QUEUE_GATE = "kueue.x-k8s.io/admission"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+QUEUE_GATE = f"{names.KUEUE_PREFIX}admission"
+JUDGED = timedelta(seconds=10)
+"""Kueue has looked at a pod by then."""
 UNSEEN = timedelta(seconds=60)
 """A scheduler that runs has looked at a pod by then."""
 GANG = ("gang", "minCount", "sibling pods", "pod group is not ready", "PodGroup", "minAvailable", "minMember")
@@ -22,8 +24,7 @@ _C = WaitingCause
 
 def why_not_scheduled(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis:
     """Return what keeps the pod from getting a node."""
-    for rule in (_gated, _preempting, _claims):
-        found = rule(facts, pod)
+    for found in (_gated(facts, pod, now=now), _preempting(facts, pod), _claims(facts, pod)):
         if found is not None:
             return found
     land = placement.survey(facts, pod, now=now)
@@ -35,10 +36,13 @@ def why_not_scheduled(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagno
     return _weighed(land, verdict) or _by_message(facts, pod, now=now)
 
 
-def _gated(facts: WaitingFacts, pod: Any) -> Diagnosis | None:
+def _gated(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis | None:
     gates = sorted(reading.text(gate, "name") for gate in reading.entries(pod, "spec", "schedulingGates"))
     foreign = [gate for gate in gates if gate and gate != QUEUE_GATE]
     if QUEUE_GATE in gates:
+        created = reading.moment(pod, "metadata", "creationTimestamp")
+        if created is not None and now - created < JUDGED and not queued.is_judged(facts):
+            return diagnosis(_C.STARTING, f"Kueue looks at pod {reading.name(pod)}", **reading.names_of(pod))
         found = queued.why_queued(facts)
         if found is not None:
             return found
@@ -46,7 +50,7 @@ def _gated(facts: WaitingFacts, pod: Any) -> Diagnosis | None:
         if composed is not None and len(facts.pods) < facts.wanted:
             return diagnosis(_C.GANG_INCOMPLETE, composed.message, **reading.names_of(pod))
         if not foreign:
-            queue = reading.text(pod, "metadata", "labels", QUEUE_LABEL)
+            queue = reading.text(pod, "metadata", "labels", names.LABEL_QUEUE)
             return diagnosis(_C.GATED, f"waits for Kueue; queue {queue or 'of the namespace'}", "queue")
     if foreign:
         shown = ", ".join(foreign)
