@@ -15,9 +15,11 @@ class Concept(ApiModel):
     source: Uri
     """Folder of this concept's images."""
     prompt: Annotated[str, Field(max_length=1024)] | None = None
-    """Caption of images that have none of their own."""
+    """Caption of images that have none of their own; without it captions.default."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often an image of this concept is drawn, relative to the others."""
+    """How often an image of this concept is drawn, relative to the others. In each epoch the images of the concept with
+    the lowest weight are used once, those of another one weight / lowest weight times; of a fraction, another part of
+    the images each time is used once more."""
 
 
 class Buckets(ApiModel):
@@ -39,9 +41,10 @@ class Augmentation(ApiModel):
     crop: Literal["Center", "Random"] = "Center"
     """Which part of an image that does not fit its bucket is used."""
     rotate_degrees: Annotated[float, Field(ge=0, le=45)] = 0
-    """Largest rotation to either side."""
+    """Largest rotation to either side. The image is scaled up as far as it takes to have no empty corners."""
     color_jitter: Annotated[float, Field(ge=0, le=1)] = 0
-    """Strength of random brightness, contrast and saturation."""
+    """Strength of random brightness, contrast and saturation: each is multiplied by a factor between 1 - colorJitter
+    and 1 + colorJitter."""
     variants_per_image: Annotated[int, Field(ge=1, le=16)] = 2
     """Cached variants of each image; each epoch uses one."""
 
@@ -60,7 +63,8 @@ class Captions(ApiModel):
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Probability of training with the empty caption, which classifier-free guidance needs."""
     shuffle_tags: bool = False
-    """Shuffle comma-separated tags in each epoch."""
+    """Shuffle comma-separated tags. Each cached variant of an image has an order of its own, so there are
+    augmentation.variantsPerImage of them; the prefix stays in front."""
 
 
 class Filters(ApiModel):
@@ -73,7 +77,8 @@ class Filters(ApiModel):
     duplicates: Literal["Drop", "Keep"] = "Drop"
     """What happens to images with the same content."""
     min_sharpness: Annotated[float, Field(ge=0)] | None = None
-    """Least variance of the Laplacian."""
+    """Least variance of the Laplacian of the grey image (0 to 255) at the size it is trained at. Blurred photographs
+    are often below 100; look at your own before choosing."""
     safety: Literal["Keep", "Drop"] = "Keep"
     """What happens to images that a safety classifier flags."""
     min_caption_match: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -125,3 +130,8 @@ class Dataset(ApiModel):
         if (self.source is None) == (self.concepts is None):
             raise ValueError("set exactly one of dataset.source and dataset.concepts")
         return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Folders with images: the one, or those of the concepts in their order."""
+        return (self.source,) if self.source is not None else tuple(one.source for one in self.concepts or ())

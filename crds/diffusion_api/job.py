@@ -171,6 +171,8 @@ class TrainerSpec(ApiModel):
         included = {"method", "lora", "dream_booth", "fine_tune", "textual_inversion", "model", "dataset", "training"}
         content = self.model_dump(mode="json", by_alias=True, include=included)
         content["training"].pop("microBatchSize")
+        if self.validation.early_stopping:  # then evaluations decide which weights are exported
+            content["validation"] = self.validation.model_dump(mode="json", include={"every_steps", "early_stopping"})
         content["training"]["learningRate"] = self.learning_rate
         content["training"]["optimizer"] = self.training.optimizer.filled().model_dump(mode="json", by_alias=True)
         content["defaults"] = DEFAULTS[self.method].model_dump(mode="json")

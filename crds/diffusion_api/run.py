@@ -147,6 +147,8 @@ class LastWord(ApiModel):
     """Micro-batch that it trained with; None where it did not get so far."""
     output: Annotated[tuple[OutputFile, ...], Field(max_length=8)] = ()
     """Exported files, when done."""
+    stopped_early_at: int | None = None
+    """Step after which early stopping ended the training; None where it took all its steps."""
     preflight: PreflightReport | None = None
     """What a preflight, which is attempt 0, found out."""
     warnings: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=4)] = ()

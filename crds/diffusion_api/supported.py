@@ -22,21 +22,13 @@ class Limit:
 
 
 LIMITS = (
-    Limit("method", ("LoRA",)),
-    Limit("lora.dropout", (0,)),
-    Limit("lora.useDora", (False,)),
+    Limit("method", ("LoRA", "FineTune", "FromScratch", "TextualInversion")),
     Limit("model.family", ("Auto", "SD1")),
     Limit("model.revision", (None,)),
     Limit("model.vae", (None,)),
-    Limit("model.textEncoder.train", (False,)),
-    Limit("dataset.concepts", (None,)),
     Limit("dataset.format", ("Auto", "ImageFolder", "Sidecar")),
-    Limit("dataset.augmentation.rotateDegrees", (0,)),
-    Limit("dataset.augmentation.colorJitter", (0,)),
     Limit("dataset.captions.generate", ("Never",)),
     Limit("dataset.captions.model", (None,)),
-    Limit("dataset.captions.shuffleTags", (False,)),
-    Limit("dataset.filters.minSharpness", (None,)),
     Limit("dataset.filters.safety", ("Keep",)),
     Limit("dataset.filters.minCaptionMatch", (None,)),
     Limit("training.optimizer.name", ("AdamW",)),
@@ -58,7 +50,6 @@ LOCAL_SCHEMES = ("s3", "file")
 """Locations that a trainer on the user's own machine can read and write."""
 
 _ABSENT = object()
-_URI_FIELDS = ("model.source", "dataset.source", "output.destination")
 
 
 def unsupported(spec: JobSpec, *, local: bool = False) -> Iterator[tuple[str, object, str]]:
@@ -74,10 +65,18 @@ def unsupported(spec: JobSpec, *, local: bool = False) -> Iterator[tuple[str, ob
     if spec.model.source.endswith(".safetensors"):
         yield "model.source", spec.model.source, "use a folder in diffusers layout instead of a single file"
     schemes = LOCAL_SCHEMES if local else SCHEMES
-    for path in _URI_FIELDS:
-        uri = _at(content, path)
-        if isinstance(uri, str) and uri.split("://", maxsplit=1)[0] not in schemes:
+    for path, uri in _locations(spec):
+        if uri.split("://", maxsplit=1)[0] not in schemes:
             yield path, uri, "use " + " or ".join(f"{scheme}://" for scheme in schemes)
+
+
+def _locations(spec: JobSpec) -> Iterator[tuple[str, str]]:
+    yield "model.source", spec.model.source
+    if spec.dataset.source is not None:
+        yield "dataset.source", spec.dataset.source
+    for number, concept in enumerate(spec.dataset.concepts or ()):
+        yield f"dataset.concepts[{number}].source", concept.source
+    yield "output.destination", spec.output.destination
 
 
 def _remedy(limit: Limit) -> str:

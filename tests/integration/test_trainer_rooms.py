@@ -15,7 +15,7 @@ from diffusion_api.job import TrainerSpec
 from diffusion_api.method import LoRA
 from diffusion_api.validation import SamplePrompt
 from diffusion_trainer.cache import build
-from diffusion_trainer.data import Pictures, Plan, Share, Variants, freeze, open_loader
+from diffusion_trainer.data import Folder, Pictures, Plan, Share, Variants, freeze, open_loader
 from diffusion_trainer.errors import BadData
 from diffusion_trainer.methods import attach
 from diffusion_trainer.models import open_model
@@ -367,9 +367,9 @@ def test_from_a_folder_of_images_to_a_falling_loss(family, tmp_path):
     sections = {"source": data.as_uri(), "resolution": 64, "buckets": {"step": 16}, "filters": {"minSide": 32}}
     job = spec(data, dataset=sections | {"validation": {"fraction": 0.2}}, training={"batchSize": 4})
     source = open_store(data.as_uri())
-    lock = freeze(job.dataset, source, seed=1, batch_size=4, work=tmp_path, report=lambda _: None)
+    lock = freeze(job.dataset, (Folder(source),), seed=1, batch_size=4, work=tmp_path, report=lambda _: None)
     variants = Variants(job.dataset.augmentation, seed=1)
-    pictures = Pictures(source, tmp_path)
+    pictures = Pictures([source], tmp_path)
     cache = build(lock, family, out, variants=variants, pictures=pictures, report=lambda _: None)
     plan = Plan(lock, batch_size=4, seed=1, variants=2, caption_dropout=0.1)
     objective, alphas = objective_of(family.process, job.training.objective), family.process.alphas_cumprod

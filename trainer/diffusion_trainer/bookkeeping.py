@@ -12,6 +12,7 @@ from diffusion_trainer.curves import Curves, first_diverged
 from diffusion_trainer.data import Plan
 from diffusion_trainer.errors import Diverged
 from diffusion_trainer.metrics import Metrics
+from diffusion_trainer.overfitting import best
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Reporter
 from diffusion_trainer.saving import Saver
@@ -67,12 +68,16 @@ class LeadersBooks(Books):
         self.reporter.stepped(done.step, wait_seconds=done.wait_seconds, now=time.time())
 
     def close(self, step: int) -> None:  # noqa: D102
+        evaluated = bool(step) and self.curves.evaluated == step
         saving = self.saver.due(step)
-        if saving or self.reporter.due(step):
+        if saving or evaluated or self.reporter.due(step):
             settle(self.curves, self.plan, metrics=self.metrics)  # the only wait for the device: losses as numbers
             self.reporter.report(step, self.curves)
-        if saving:
+        if evaluated and self.saver.keep_best(step, best(self.curves.evaluations)):
+            saving = True
+        elif saving:
             self.saver.save(step)
+        if saving:
             self.tracking.publish()
             self.failpoint.hit("checkpoint", step)
         self.saver.announce()

@@ -59,6 +59,12 @@ class Curves:
         """Take note of a step without waiting for the device: `loss` and `grad_norm` are scalars on it."""
         self._waiting.append((step, loss, learning_rate, grad_norm))
 
+    def evaluate(self, step: int, found: Evaluation | None) -> None:
+        """Take note of the evaluation after `step`, which may be done again but is there once."""
+        if found is not None:
+            self.evaluations = [one for one in self.evaluations if one.step != step] + [found]
+        self.evaluated = step
+
     def settle(self) -> list[Point]:
         """Return the steps noted since the last call, now as numbers. A synchronisation with the device."""
         if not self._waiting:

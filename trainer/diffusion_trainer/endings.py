@@ -39,6 +39,11 @@ def ending_of(error: BaseException | None) -> Ending:
     return Ending(CRASH, f"{type(error).__name__}: {error}", trace[-_TRACE_LINES:])
 
 
+def success(board: Board) -> Ending:
+    """Return the ending of a run that exported everything, in its own words where it has some."""
+    return Ending(ExitCode.DONE, board.state.conclusion or ending_of(None).message)
+
+
 def root_cause(endings: Sequence[Ending]) -> Ending:
     """Return the ending that explains the others: those of processes that trained together, the earliest first.
 
@@ -61,6 +66,7 @@ def last_word(ending: Ending, board: Board, *, log_lines: Iterable[str]) -> str:
         progress=state.progress,
         micro_batch_size=state.micro_batch_size,
         output=state.output[:8] if ending.code == ExitCode.DONE else (),
+        stopped_early_at=state.stopped_early_at,
         preflight=state.preflight,
         warnings=state.warnings[-_WARNING_LIMIT:],
         last_lines="\n".join((*log_lines, *ending.lines)),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
 from diffusion_api import names
 from diffusion_api.job import TrainerSpec
+from diffusion_trainer import overfitting
 from diffusion_trainer.cache import Cache
 from diffusion_trainer.courier import Courier
 from diffusion_trainer.curves import Curves, Evaluation
@@ -20,7 +21,7 @@ from diffusion_trainer.objective import Objective
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.sampling import sample_grid
 from diffusion_trainer.stopping import StopSignal, Yielded
-from diffusion_trainer.validation import ValidationResult, validate
+from diffusion_trainer.validation import ValidationResult, train_subset, validate
 
 LOG = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Evaluator:
     """Evaluates the weights in memory. Nothing that it does changes the training.
 
     `errors` gives the unweighted loss of each image of a batch; results go to `curves` and, as pictures, to `courier`.
-    All processes take part in the loss; the leader alone has results and draws samples.
+    All processes take part in the loss and know the results; the leader alone draws samples.
     """
 
     spec: TrainerSpec
@@ -46,6 +47,7 @@ class Evaluator:
     courier: Courier
     stop: StopSignal
     report: Callable[[str], None]
+    warn: Callable[[str], None]
     peers: Peers
 
     def due(self, step: int) -> bool:
@@ -53,6 +55,16 @@ class Evaluator:
         wanted = bool(self.lock.held_out or self.spec.validation.prompts)
         on_turn = step > 0 and (step % self.spec.validation.every_steps == 0 or step == self.total_steps)
         return wanted and on_turn and self.curves.evaluated < step
+
+    @property
+    def stopped_after(self) -> int | None:
+        """Return the step after which early stopping ends the run, None while it goes on."""
+        return overfitting.stops_after(self.curves.evaluations, self.spec.validation.early_stopping)
+
+    @property
+    def stops_early(self) -> bool:
+        """Return whether early stopping ends the run here."""
+        return self.stopped_after is not None
 
     def evaluate_when_due(self, step: int) -> None:
         """Evaluate the weights after `step` when they are due; a stop leaves all of it to the next attempt."""
@@ -78,19 +90,35 @@ class Evaluator:
             seed=self.spec.training.seed,
             batch_size=self.batch_size,
             device=self.family.device,
+            beside=train_subset(self.lock, seed=self.spec.training.seed),
             part=self.peers.part,
             gather=lambda losses: self.peers.gather(f"validation/{step}", losses),
         )
         with self.peers.leader_first(f"evaluation/{step}"):
             if self.peers.leads:
-                self._publish(step, result)
-        self.curves.evaluated = step
+                self._draw(step)
+        found = self.peers.as_leader_says(f"evaluated/{step}", asdict(_evaluation(step, result)) if result else None)
+        self.curves.evaluate(step, Evaluation(**found | {"by_bin": tuple(found["by_bin"])}) if found else None)
+        if found and self.peers.leads:
+            self._tell()
 
-    def _publish(self, step: int, result: ValidationResult | None) -> None:
+    def _tell(self) -> None:
+        newest = self.curves.evaluations[-1]
+        LOG.info("step %d validation_loss %.5f train_subset_loss %s", newest.step, newest.loss, newest.train_loss)
+        if text := overfitting.hint(self.curves.evaluations):
+            self.warn(text)
+
+    def _draw(self, step: int) -> None:
         if prompts := self.spec.validation.prompts:
             side = self.spec.dataset.resolution
             grid = sample_grid(self.family, prompts, size=(side, side), text=self.attached.text)
             self.courier.send(f"{names.SAMPLES_PREFIX}step-{step:08d}.png", grid.grid_png())
-        if result is not None:
-            self.curves.evaluations.append(Evaluation(step, result.loss, result.by_bin))
-            LOG.info("step %d validation_loss %.5f on %d images", step, result.loss, result.images)
+
+
+def _evaluation(step: int, result: ValidationResult) -> Evaluation:
+    trained = result.trained
+    if trained is None:
+        return Evaluation(step, result.loss, result.by_bin)
+    enough = min(len(result.of_images), len(trained.of_images)) >= overfitting.LEAST_IMAGES
+    advantage = overfitting.advantage(result.of_images, trained.of_images) if enough else None
+    return Evaluation(step, result.loss, result.by_bin, trained.loss, advantage)

@@ -141,6 +141,7 @@ def adopt(board: Board, words: Mapping[int, LastWord]) -> None:
         latest_checkpoint=first.latest_checkpoint,
         best_checkpoint=first.best_checkpoint,
         output=first.output,
+        stopped_early_at=first.stopped_early_at,
         micro_batch_size=first.micro_batch_size,
     )
     for word in words.values():

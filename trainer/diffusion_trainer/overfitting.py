@@ -44,6 +44,18 @@ def stops_after(evaluations: Sequence[Evaluation], rule: EarlyStopping | None) -
     return None
 
 
+def conclusion(rule: EarlyStopping, *, stopped: int | None, total: int, exported: int, loss: float | None) -> str:
+    """Return how a run with early stopping ended: after step `stopped` of `total`, with the weights of `exported`."""
+    why = (
+        f"stopped early after step {stopped} of {total}: the validation loss did not fall by {rule.min_delta:.2%} in "
+        f"{rule.patience} evaluations"
+        if stopped is not None
+        else f"all {total} steps are done"
+    )
+    value = f" (validation loss {loss:.4g})" if loss is not None else ""
+    return f"{why}; the weights of step {exported}{value} are exported"
+
+
 def advantage(held_out: Sequence[float], trained: Sequence[float]) -> float:
     """Return by how much the loss of an image gives away that it was trained on: 0 not at all, 1 always.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from diffusion_api.outcomes import OF_CODE, Action, ExitCode
 from diffusion_api.run import PreflightReport, RunConfig
+from diffusion_trainer.data.folders import folders_of
 from diffusion_trainer.data.survey import Survey, survey
 from diffusion_trainer.endings import Ending
 from diffusion_trainer.errors import BadConfig, StorageUnavailable, TrainerError
@@ -53,8 +54,8 @@ def preflight(
     except TrainerError as error:
         findings.append(_named("model.source", error))
     try:
-        board.say(f"dataset.source: reading {stores.dataset.uri}")
-        seen = survey(run.spec.dataset, stores.dataset, work=settings.work)
+        board.say(f"dataset: reading {', '.join(store.uri for store in stores.datasets)}")
+        seen = survey(run.spec.dataset, folders_of(run.spec, stores.datasets), work=settings.work)
     except TrainerError as error:
         findings.append(_named("dataset.source", error))
     report = _report(found, seen, seconds=monotonic() - started)

@@ -78,13 +78,16 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     report("loading the model")
     family = models.open_model(folder, spec, device=device.torch, dtype=device.dtype)
     attached = methods.attach(family, spec, seed=seed)
+    variants = spec.dataset.augmentation.variants_per_image
+    captions = data.CaptionVariants(spec.dataset.captions, variants=variants, seed=seed)
     build = partial(
         cache.build,
         lock,
         family,
         stores.output,
         variants=data.Variants(spec.dataset.augmentation, seed=seed),
-        pictures=data.Pictures(stores.dataset, work),
+        captions=captions,
+        pictures=data.Pictures(stores.datasets, work),
         report=report,
         text=attached.text,
     )
@@ -106,8 +109,9 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         lock,
         batch_size=spec.batch_size,
         seed=seed,
-        variants=spec.dataset.augmentation.variants_per_image,
+        variants=variants,
         caption_dropout=spec.dataset.captions.dropout,
+        captions=captions,
     )
     extent = Extent(spec.total_steps(plan.batches_per_epoch), plan.batches_per_epoch, spec.batch_size)
     objective = objective_of(family.process, spec.training.objective).to(device.torch)
@@ -137,7 +141,12 @@ def open_dataset(spec: TrainerSpec, stores: Stores, *, work: Path, report: Calla
     except NotFound:
         report("reading the dataset")
     lock = data.freeze(
-        spec.dataset, stores.dataset, seed=spec.training.seed, batch_size=spec.batch_size, work=work, report=report
+        spec.dataset,
+        data.folders_of(spec, stores.datasets),
+        seed=spec.training.seed,
+        batch_size=spec.batch_size,
+        work=work,
+        report=report,
     )
     try:
         stores.state.put(LOCK_KEY, lock.to_json(), if_absent=True)

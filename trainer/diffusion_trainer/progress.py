@@ -43,6 +43,8 @@ class State:
     latest_checkpoint: LatestCheckpoint | None = None
     best_checkpoint: BestCheckpoint | None = None
     output: tuple[OutputFile, ...] = ()
+    conclusion: str = ""
+    stopped_early_at: int | None = None
     warnings: tuple[str, ...] = ()
     preflight: PreflightReport | None = None
     micro_batch_size: int | None = None

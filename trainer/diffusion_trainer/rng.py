@@ -25,9 +25,14 @@ class Purpose(StrEnum):
     NOISE_OFFSET = "noise-offset"
     TIMESTEP = "timestep"
     CAPTION_DROPOUT = "caption-dropout"
+    TAGS = "tags"
+    REPEATS = "repeats"
+    CLASS_IMAGE = "class-image"
+    CLASS_ORDER = "class-order"
     ADAPTER_DROPOUT = "adapter-dropout"
     INITIALISATION = "initialisation"
     VALIDATION = "validation"
+    TRAIN_SUBSET = "train-subset"
     SAMPLE = "sample"
 
 

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diffusion_api.status import LatestCheckpoint
+from diffusion_api.status import BestCheckpoint, LatestCheckpoint
 from diffusion_trainer.cadence import GRACE_SHARE, Cadence, fits_grace
-from diffusion_trainer.checkpoint import Publisher, Snapshot
+from diffusion_trainer.checkpoint import Publisher, Saved, Snapshot
+from diffusion_trainer.curves import Evaluation
 from diffusion_trainer.metrics import Metrics
+from diffusion_trainer.overfitting import METRIC
 from diffusion_trainer.progress import Board, timestamp
 
 LOG = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ class Voices:
 class Saver:
     """Saves snapshots at optimizer-step boundaries; `make` returns that of a step, with its tensors still live."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what saving depends on, and a clock
         self,
         publisher: Publisher,
         make: Callable[[int], Snapshot],
@@ -37,8 +39,10 @@ class Saver:
         cadence: Cadence,
         start_step: int,
         voices: Voices,
+        best_step: int | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`best_step` is the step of the checkpoint that is pinned already, if one is."""
         self._publisher = publisher
         self._make = make
         self._cadence = cadence
@@ -46,7 +50,8 @@ class Saver:
         self._monotonic = monotonic
         self._saved_step = start_step
         self._saved_at = monotonic()
-        self._announced: int | None = None
+        self._best_step = best_step
+        self._announced: Saved | None = None
 
     def due(self, step: int) -> bool:
         """Return whether to save the state after `step`; a step is saved once."""
@@ -59,6 +64,19 @@ class Saver:
             stall_seconds=last.stall_seconds if last else None,
             upload_seconds=last.upload_seconds if last else None,
         )
+
+    def keep_best(self, step: int, best: Evaluation | None) -> bool:
+        """Save and pin the state after `step` where its evaluation is the best, and is not pinned already.
+
+        It waits for an earlier save: the best weights are never those of some step nearby.
+        """
+        if best is None or best.step != step or step == self._best_step:
+            return False
+        self._publisher.save(self._make(step), best=(METRIC, best.loss))
+        self._best_step = self._saved_step = step
+        self._saved_at = self._monotonic()
+        self.announce()
+        return True
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Stage the state after `step`; with `wait` return only when it is acknowledged.
@@ -81,9 +99,9 @@ class Saver:
         """Raise what the uploader failed with, and tell of a checkpoint that was acknowledged. Costs microseconds."""
         self._publisher.poll()
         saved = self._publisher.saved
-        if saved is None or saved.entry.step == self._announced:
+        if saved is None or saved is self._announced:
             return
-        self._announced = saved.entry.step
+        self._announced = saved
         metrics = self._voices.metrics
         metrics.checkpoints.labels("acknowledged").inc()
         metrics.checkpoint_duration.labels("save").observe(saved.stall_seconds)
@@ -93,6 +111,9 @@ class Saver:
         uri = f"{self._voices.root}{saved.entry.key}/"
         latest = LatestCheckpoint(step=saved.entry.step, uri=uri, time=timestamp(saved.entry.time))
         self._voices.board.update(latest_checkpoint=latest)
+        if saved.best is not None:
+            metric, value = saved.best
+            self._voices.board.update(best_checkpoint=BestCheckpoint(step=saved.entry.step, metric=metric, value=value))
         LOG.info("checkpoint of step %d acknowledged (%.1f MB)", saved.entry.step, saved.size_bytes / 1e6)
 
     def give_way(self, step: int, *, seconds_left: float) -> None:

@@ -9,17 +9,19 @@ from pathlib import Path
 
 from diffusion_api import names
 from diffusion_api.run import RunConfig
-from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.objectstore import Credentials, ObjectStore, join_uri, open_store
 from diffusion_trainer.objectstore.settings import TransferSettings
 
 
 @dataclass(frozen=True)
 class Stores:
-    """`state` is the folder of the job's resumable state, `open_state` opens it in another process."""
+    """`datasets` are the folders of images, one for each concept.
+
+    `state` is the folder of the job's resumable state, and `open_state` opens that in another process.
+    """
 
     model: ObjectStore
-    dataset: ObjectStore
+    datasets: tuple[ObjectStore, ...]
     output: ObjectStore
     state: ObjectStore
     open_state: Callable[[], ObjectStore]
@@ -31,8 +33,6 @@ def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings
     Raises `PermissionDenied` when the Secret lacks a key, `InvalidUri` when a location is none.
     """
     spec = run.spec
-    if spec.dataset.source is None:
-        raise BadConfig("dataset.source is missing: name the folder with the images")
     opened = partial(
         open_store,
         credentials=Credentials.from_folder(credentials) if spec.credentials.secret_ref else None,
@@ -42,7 +42,7 @@ def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings
     open_state = partial(opened, join_uri(spec.output.destination, names.checkpoint_prefix(run.job.uid)))
     return Stores(
         model=opened(spec.model.source),
-        dataset=opened(spec.dataset.source),
+        datasets=tuple(opened(source) for source in spec.dataset.sources),
         output=opened(spec.output.destination),
         state=open_state(),
         open_state=open_state,

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from diffusion_api.outcomes import ExitCode
 from diffusion_api.run import RunConfig
-from diffusion_trainer.endings import Ending, ending_of, last_word
+from diffusion_trainer.endings import Ending, ending_of, last_word, success
 from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.launching import adopt, introduce, launch, word_file, words_of
 from diffusion_trainer.metrics import Metrics
@@ -138,7 +138,7 @@ def _attempt(run: RunConfig, settings: Settings, *, board: Board, stop: StopSign
                 stack.enter_context(several.spread_stop(requested=lambda: stop.requested, request=_ask_to_stop))
                 peers = several
         train(run, Desk(settings, board, metrics, stop), peers)
-    return ending_of(None)
+    return success(board)
 
 
 def _serve(stack: ExitStack, port: int, *, board: Board, metrics: Metrics) -> None:

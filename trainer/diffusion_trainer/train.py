@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
-from diffusion_api.status import OutputFile
+from diffusion_api.status import BestCheckpoint
 from diffusion_trainer import data, export, optim, output
 from diffusion_trainer.bookkeeping import Books, LeadersBooks, Stepped
 from diffusion_trainer.cadence import Cadence
@@ -27,8 +27,10 @@ from diffusion_trainer.courier import Courier
 from diffusion_trainer.curves import Curves
 from diffusion_trainer.data import Batch
 from diffusion_trainer.device import gpu_errors
+from diffusion_trainer.errors import CheckpointCorrupt
 from diffusion_trainer.evaluation import Evaluator
 from diffusion_trainer.metrics import Metrics
+from diffusion_trainer.overfitting import conclusion
 from diffusion_trainer.peers import Peers, digest
 from diffusion_trainer.preparation import Ready, prepare
 from diffusion_trainer.progress import Board
@@ -66,7 +68,9 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
             publisher = None
             if peers.leads:
                 target = fence(run, ledger, stores)  # older attempts are off now
-                board.update(output=output.receipt(stores.state, stores.output, identity=spec.identity()) or ())
+                results = output.receipt(stores.state, stores.output, identity=spec.identity())
+                if results:
+                    conclude(board, results)
             if peers.as_leader_says("delivered", bool(board.state.output)):
                 LOG.info("an earlier attempt exported everything")
                 return
@@ -94,11 +98,14 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
             courier=courier,
             stop=stop,
             report=board.say,
+            warn=board.warn,
             peers=peers,
         )
 
         evaluator.evaluate_when_due(step)  # the last attempt may have been stopped before it could
-        while step < total and not peers.agree(stop.requested):  # so all of them stop after the same step
+        books.close(step)
+        # All stop after the same step. The vote comes first: whoever is told to stop may lack an evaluation.
+        while step < total and not peers.agree(stop.requested) and not evaluator.stops_early:
             wait_seconds, batch = timed(batches)
             loss = added_up(gradients(batch, ready), ready.trained, peers)
             learning_rate = optim.lr_at(step, spec.training.lr_schedule, peak=spec.learning_rate, total_steps=total)
@@ -121,7 +128,46 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
         with stop.cut_short(), peers.leader_first("export"):
             board.update(stage="Exporting", detail="")
             if peers.leads:
-                board.update(output=deliver(spec, stores, ready, folder=settings.work / "export"))
+                chosen = put_best_back(ledger, ready, evaluator, last=step, desk=desk)
+                conclude(board, deliver(spec, stores, ready, chosen, folder=settings.work / "export"))
+        board.update(**peers.as_leader_says("conclusion", how_it_ended(board)))
+
+
+def conclude(board: Board, results: output.Results) -> None:
+    """Put what was exported on the board, and how it came to that."""
+    board.update(output=results.files, conclusion=results.conclusion, stopped_early_at=results.stopped_early_at)
+
+
+def how_it_ended(board: Board) -> dict[str, Any]:
+    """Return what every process says of a run that has ended well."""
+    return {"conclusion": board.state.conclusion, "stopped_early_at": board.state.stopped_early_at}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The weights to export: those after `step`, which is in the conclusion where it is not the last one."""
+
+    step: int
+    conclusion: str = ""
+    stopped_early_at: int | None = None
+
+
+def put_best_back(ledger: Ledger, ready: Ready, evaluator: Evaluator, *, last: int, desk: Desk) -> Chosen:
+    """With early stopping, put the best weights in place of the last ones; return which are in place."""
+    rule = evaluator.spec.validation.early_stopping
+    if rule is None:
+        return Chosen(last)
+    stopped, total, step = evaluator.stopped_after, evaluator.total_steps, last
+    try:
+        found = ledger.load_best(scratch=desk.settings.work)
+        if found is not None and found.step != last:
+            restore(found, ready.trained, basis=ready.basis)
+            step = found.step
+    except CheckpointCorrupt as error:
+        desk.board.warn(f"the last weights are exported, for the best checkpoint is damaged: {error}")
+    loss = next((one.loss for one in evaluator.curves.evaluations if one.step == step), None)
+    text = conclusion(rule, stopped=stopped, total=total, exported=step, loss=loss)
+    return Chosen(step, text, stopped)
 
 
 @dataclass(frozen=True)
@@ -150,6 +196,7 @@ def open_books(run: RunConfig, ready: Ready, curves: Curves, *, desk: Desk, star
             cadence=Cadence.parse(spec.checkpoint.interval),
             start_step=start_step,
             voices=Voices(board, desk.metrics, outlets.stores.state.uri),
+            best_step=board.state.best_checkpoint.step if board.state.best_checkpoint else None,
         ),
         Tracking(curves, outlets.courier, folder=events, attempt=run.attempt, start_step=start_step),
         desk.metrics,
@@ -189,6 +236,9 @@ def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, desk: Desk, peers: P
         if entry and not peers.leads:
             found = ledger.read(Entry(**entry), scratch=scratch)
     curves = restore(found, ready.trained, basis=ready.basis) if found else Curves()
+    if pinned := ledger.best if peers.leads else None:
+        best = BestCheckpoint(step=pinned.step, metric=pinned.metric, value=pinned.value)
+        desk.board.update(best_checkpoint=best)
     if peers.world_size > 1:
         peers.check_same("start", beginning(run, ready))
     step = found.step if found else 0
@@ -268,7 +318,7 @@ def added_up(loss: Tensor, trained: Trained, peers: Peers) -> Tensor:
     return total
 
 
-def deliver(spec: TrainerSpec, stores: Stores, ready: Ready, *, folder: Path) -> tuple[OutputFile, ...]:
+def deliver(spec: TrainerSpec, stores: Stores, ready: Ready, chosen: Chosen, *, folder: Path) -> output.Results:
     """Export the weights in every format, upload them, and leave the receipt."""
     paths = []
     for name in spec.output.formats:
@@ -281,9 +331,10 @@ def deliver(spec: TrainerSpec, stores: Stores, ready: Ready, *, folder: Path) ->
             spec,
             family=ready.family.name,
             images=len(ready.plan.lock.training),
-            steps=ready.extent.total_steps,
+            steps=chosen.step,
         )
     )
     files = output.upload(stores.output, folder, [*paths, card])
-    output.sign(stores.state, files, identity=spec.identity())
-    return files
+    results = output.Results(files, chosen.conclusion, chosen.stopped_early_at)
+    output.sign(stores.state, results, identity=spec.identity())
+    return results

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeAlias
 
@@ -26,11 +26,21 @@ Loss: TypeAlias = tuple[int, int, float]
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """`loss` is the mean over images and times; `by_bin` over images, from the least to the most noise."""
+    """`loss` is the mean over images and times; `by_bin` over images, from the least to the most noise.
+
+    `of_images` is the mean over times of each image. `trained` is the same of training images, where some were asked
+    for: their loss lies below by what does not carry over to other images.
+    """
 
     loss: float
     by_bin: tuple[float, ...]
-    images: int
+    of_images: tuple[float, ...]
+    trained: ValidationResult | None = None
+
+    @property
+    def images(self) -> int:
+        """Return how many images were measured."""
+        return len(self.of_images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +60,11 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
     seed: int,
     batch_size: int,
     device: torch.device | str,
+    beside: Sequence[int] = (),
     part: slice = slice(None),
     gather: Callable[[list[Loss]], list[Loss]] = list,
 ) -> ValidationResult | None:
-    """Return the loss on the held-out split, None where there is none.
+    """Return the loss on the held-out split, and on the training images `beside` it; None where nothing is held out.
 
     Of several processes each does a `part` of the batches; `gather` brings together what they found, at the one that
     gets the result. It is the same, bit for bit, however many there are.
@@ -61,11 +72,12 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
     Noise and times belong to the image (by content hash), not to its place in a batch. The latents are the
     posterior's mean, the caption is never dropped. The last batch is padded, so that all have one shape per bucket.
     """
+    measured = (*lock.held_out, *beside) if lock.held_out else ()
     places = torch.tensor(objective.validation_times(BINS), dtype=objective.times_dtype)
     order: list[_Case] = []
     losses: list[torch.Tensor] = []
     with torch.no_grad():
-        for cases in list(_batches(lock, batch_size))[part]:
+        for cases in list(_batches(lock, measured, batch_size))[part]:
             padded = cases + [cases[-1]] * (batch_size - len(cases))
             batch = _batch(padded, lock, cache, seed=seed, times=places).to(device)
             losses.append(loss_of_each(batch)[: len(cases)])
@@ -76,14 +88,27 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
     if not pooled:
         return None
     found = {_Case(image, number): loss for image, number, loss in pooled}
-    images = sorted({case.image for case in found}, key=lambda image: (lock.images[image].id, image))
+    result = _result(lock, lock.held_out, found)
+    return replace(result, trained=_result(lock, beside, found)) if beside else result
+
+
+def train_subset(lock: DatasetLock, *, seed: int) -> tuple[int, ...]:
+    """Return as many training images as are held out, or all: those that a keyed draw ranks first."""
+    own = [i for i in lock.training if lock.images[i].role == "instance"]
+    ranked = sorted(own, key=lambda i: (stream(seed, Purpose.TRAIN_SUBSET, lock.images[i].id).random(), i))
+    return tuple(ranked[: len(lock.held_out)])
+
+
+def _result(lock: DatasetLock, images: Sequence[int], found: Mapping[_Case, float]) -> ValidationResult:
+    images = sorted(images, key=lambda image: (lock.images[image].id, image))
     by_bin = tuple(sum(found[_Case(image, number)] for image in images) / len(images) for number in range(BINS))
-    return ValidationResult(loss=sum(by_bin) / BINS, by_bin=by_bin, images=len(images))
+    of_images = tuple(sum(found[_Case(image, number)] for number in range(BINS)) / BINS for image in images)
+    return ValidationResult(loss=sum(by_bin) / BINS, by_bin=by_bin, of_images=of_images)
 
 
-def _batches(lock: DatasetLock, batch_size: int) -> Iterator[list[_Case]]:
+def _batches(lock: DatasetLock, images: Sequence[int], batch_size: int) -> Iterator[list[_Case]]:
     """Yield what goes through the denoiser together, of one bucket each."""
-    ordered = sorted(lock.held_out, key=lambda i: (lock.images[i].bucket, lock.images[i].id, i))
+    ordered = sorted(images, key=lambda i: (lock.images[i].bucket, lock.images[i].id, i))
     for _, group in groupby(ordered, key=lambda i: lock.images[i].bucket):
         cases = [_Case(image, number) for image in group for number in range(BINS)]
         for start in range(0, len(cases), batch_size):

@@ -109,12 +109,13 @@ def _complete(case: Case, status: JobStatus, verdict: Verdict) -> JobStatus:
     warnings = f" ({'; '.join(word.warnings)})" if word and word.warnings else ""
     message = short(verdict.message + warnings)
     output = OutputStatus(uri=case.spec.output.destination, files=word.output if word else ())
+    reason = "StoppedEarly" if word and word.stopped_early_at is not None else "Completed"
     status = status.model_copy(
         update={"phase": "Complete", "message": message, "output": output, "next_attempt_at": None}
     )
     status = _say(status, case, "Progressing", "Complete", message)
     return set_condition(
-        status, "Complete", "True", reason="Completed", message=message, generation=case.job.generation, now=case.now
+        status, "Complete", "True", reason=reason, message=message, generation=case.job.generation, now=case.now
     )
 
 

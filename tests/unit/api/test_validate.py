@@ -41,8 +41,13 @@ def test_epochs_count_batches():
         ("dreamBooth", {"instancePrompt": "a"}, "dreamBooth does not belong to method LoRA"),
         ("model.source", "ftp://x/yyyy", "spec.model.source: ftp://x/yyyy: not supported yet: use s3://"),
         ("dataset.source", "file:///tmp/x", "spec.dataset.source: file:///tmp/x: not supported yet: use s3://"),
+        (
+            "dataset",
+            {"concepts": [{"source": "s3://a/b/"}, {"source": "file:///x/y/"}]},
+            "spec.dataset.concepts[1].source: file:///x/y/: not supported yet: use s3://",
+        ),
         ("model.source", "s3://models/sd.safetensors", "not supported yet: use a folder in diffusers layout"),
-        ("lora.useDora", True, "spec.lora.useDora: true: not supported yet: use false"),
+        ("training.attention", "XFormers", "spec.training.attention: XFormers: not supported yet: use Auto or SDPA"),
         (
             "resources",
             {"profile": "a", "nodes": 3, "gpusPerNode": 2},
@@ -66,8 +71,8 @@ def test_bad_values_are_named(path, value, message):
 
 
 def test_a_method_that_is_not_honoured_yet_is_refused():
-    made = job("method", "FineTune")
-    with pytest.raises(InvalidJobError, match=r"spec\.method: FineTune: not supported yet: use LoRA"):
+    made = job("method", "Unconditional")
+    with pytest.raises(InvalidJobError, match=r"spec\.method: Unconditional: not supported yet: use LoRA or FineTune"):
         parse(made)
 
 

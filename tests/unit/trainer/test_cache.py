@@ -12,7 +12,7 @@ from diffusion_api.dataset import Augmentation, Dataset
 from diffusion_trainer.cache import build
 from diffusion_trainer.cache.building import _shards
 from diffusion_trainer.cache.keys import latents_key, text_key
-from diffusion_trainer.data import Pictures, Variants, freeze
+from diffusion_trainer.data import Folder, Pictures, Variants, freeze
 from diffusion_trainer.data.lock import LockedImage
 from diffusion_trainer.data.transforms import Variant
 from diffusion_trainer.errors import BadData, StorageUnavailable
@@ -64,7 +64,7 @@ class Bench:
         dataset = {"source": self.data.as_uri(), "resolution": 64, "buckets": {"step": 8}, "filters": {"minSide": 16}}
         self.lock = freeze(
             Dataset.model_validate(dataset | sections),
-            self.source,
+            (Folder(self.source),),
             seed=1,
             batch_size=1,
             work=self.root / "work-freeze",
@@ -78,7 +78,7 @@ class Bench:
             family,
             store or self.store,
             variants=Variants(augmentation or Augmentation(), seed=1),
-            pictures=Pictures(self.source, self.root / work),
+            pictures=Pictures([self.source], self.root / work),
             report=self.told.append,
             **options,
         )
@@ -102,7 +102,7 @@ def test_what_is_read_is_what_was_encoded_in_bf16(bench):
     family = CountingFamily()
     cache = bench.build(family)
     variants = Variants(Augmentation(), seed=1)
-    pictures = Pictures(bench.source, bench.root / "work")
+    pictures = Pictures([bench.source], bench.root / "work")
     from diffusion_trainer.data.decoding import decode
     from diffusion_trainer.data.transforms import transform
 
@@ -149,7 +149,7 @@ def test_tokens_are_kept_as_they_are(bench):
 def test_the_geometry_is_that_of_the_crop_that_was_encoded(bench):
     augmentation = Augmentation(crop="Random", variants_per_image=3)
     cache = bench.build(CountingFamily(), augmentation=augmentation)
-    variants, pictures = Variants(augmentation, seed=1), Pictures(bench.source, bench.root / "work")
+    variants, pictures = Variants(augmentation, seed=1), Pictures([bench.source], bench.root / "work")
     from diffusion_trainer.data.decoding import decode
     from diffusion_trainer.data.transforms import transform
 

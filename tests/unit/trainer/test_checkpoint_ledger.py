@@ -252,6 +252,28 @@ def test_the_best_checkpoint_is_pinned_until_a_better_one_comes(objects: Objects
     assert {key.split("/")[1] for key in objects.content if key.startswith("ckpt/")} == {"0000000070-a0002"}
 
 
+def test_the_best_checkpoint_is_read_by_who_did_not_publish_it(objects: Objects) -> None:
+    """As in a run: one process has the fence, and another, which adopted it, publishes."""
+    leader = ledger_of(objects, 2)
+    leader.acquire()
+    assert leader.best is None
+    assert leader.load_best() is None
+    uploader = ledger_of(objects, 2)
+    uploader.adopt(Lease(2, 0))
+    uploader.publish(snapshot(40))
+    uploader.publish(snapshot(40), best=("val_loss", 0.5))  # pinned after it was published
+    for step in (50, 60, 70):
+        uploader.publish(snapshot(step))
+    found = leader.load_best()
+    assert found is not None
+    assert (found.step, found.tensors["model"]["w"][0]) == (40, 40)
+    assert leader.best is not None
+    assert leader.best.step == 40
+    objects.content.pop("ckpt/0000000040-a0002/model.safetensors")
+    with pytest.raises(CheckpointCorrupt, match="0000000040"):
+        leader.load_best()
+
+
 def test_orphans_go_only_when_they_are_old_and_of_an_older_attempt(objects: Objects) -> None:
     store = MemoryStore(objects)
     for folder in ("0000000035-a0001", "0000000035-a0002", "0000000035-a0009", "someone-elses"):

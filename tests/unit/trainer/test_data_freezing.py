@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion_api.dataset import Dataset
-from diffusion_trainer.data import DatasetLock, Pictures, freeze
+from diffusion_trainer.data import DatasetLock, Folder, Pictures, freeze
 from diffusion_trainer.data.freezing import split
 from diffusion_trainer.errors import BadData, InputMissing
 from diffusion_trainer.objectstore import open_store
@@ -27,7 +27,7 @@ def frozen(folder, *, seed=1, batch_size=1, report=lambda _: None, **sections):
     dataset = Dataset.model_validate({"source": folder.as_uri(), "buckets": {"step": 8}, **sections})
     return freeze(
         dataset,
-        open_store(folder.as_uri()),
+        (Folder(open_store(folder.as_uri()), default=dataset.captions.default),),
         seed=seed,
         batch_size=batch_size,
         work=folder.parent / "work",
@@ -217,7 +217,7 @@ contents = st.sets(st.integers(0, 10**6).map(str), min_size=1, max_size=60)
 @settings(deadline=None)
 @given(contents=contents, fraction=st.floats(0, 0.99), seed=st.integers(0, 2**53))
 def test_a_split_keeps_something_to_train_on_and_holds_out_what_was_asked(contents, fraction, seed):
-    sides = split(contents, fraction, seed=seed)
+    sides = split([list(contents)], fraction, seed=seed)
     held_out = sum(side == "validation" for side in sides.values())
     assert set(sides) == contents
     assert held_out < len(contents)
@@ -230,7 +230,7 @@ def test_a_split_keeps_something_to_train_on_and_holds_out_what_was_asked(conten
 @settings(deadline=None)
 @given(contents=contents, seed=st.integers(0, 2**53))
 def test_an_image_more_moves_at_most_one_other_across(contents, seed):
-    before, after = split(contents, 0.2, seed=seed), split(contents | {"new"}, 0.2, seed=seed)
+    before, after = (split([list(all_of_them)], 0.2, seed=seed) for all_of_them in (contents, contents | {"new"}))
     assert sum(before[content] != after[content] for content in contents) <= 1
 
 
@@ -253,21 +253,21 @@ def test_progress_is_told(folder):
 
 def test_one_picture_may_be_asked_for_by_many_at_once(folder, tmp_path):
     (image,) = frozen(make_image_folder(folder, 1)).images
-    pictures = Pictures(open_store(folder.as_uri()), tmp_path / "other")
+    pictures = Pictures([open_store(folder.as_uri())], tmp_path / "other")
     found = in_parallel(lambda _: pictures.path(image).read_bytes(), range(64), parallel=16)
     assert set(found) == {(folder / "000.png").read_bytes()}
 
 
 def test_pictures_come_back_and_changes_are_noticed(folder, tmp_path):
     lock = frozen(make_image_folder(folder, 3))
-    fresh = Pictures(open_store(folder.as_uri()), tmp_path / "other")
+    fresh = Pictures([open_store(folder.as_uri())], tmp_path / "other")
     fresh.fetch(lock)
     assert fresh.path(lock.images[0]).read_bytes() == (folder / "000.png").read_bytes()
 
     (folder / "000.png").write_bytes((folder / "001.jpg").read_bytes())
     (folder / "002.webp").unlink()
     assert fresh.path(lock.images[0]).exists()
-    later = Pictures(open_store(folder.as_uri()), tmp_path / "third")
+    later = Pictures([open_store(folder.as_uri())], tmp_path / "third")
     with pytest.raises(BadData, match=r"000.png has changed since the dataset was frozen"):
         later.path(lock.images[0])
     with pytest.raises(BadData, match=r"002.webp was there .* and is gone"):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -110,3 +112,58 @@ def test_a_held_out_image_has_one_plain_variant():
     assert Variants(augmentation, seed=0).of(image(164, 64, split="validation")) == (
         Variant((164, 64), 50, 0, flip=False),
     )
+
+
+@pytest.mark.parametrize("degrees", [10.0, -33.0, 45.0])
+@pytest.mark.parametrize("bucket", [(64, 64), (80, 48)])
+def test_a_turn_is_about_the_middle_and_against_the_clock(degrees, bucket):
+    """Of a gradient, every pixel says where it came from; computed here by the matrix of the rotation."""
+    whole = image(200, 180, bucket=bucket)
+    plain = Variant(scaled=(200, 180), left=60, top=60, flip=False)
+    turned, _ = transform(gradient(200, 180), replace(plain, degrees=degrees), whole.bucket)
+    width, height = bucket
+    u, v = np.meshgrid(np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2)
+    sine, cosine = np.sin(np.radians(degrees)), np.cos(np.radians(degrees))
+    middle = 60 + (width - 1) / 2, 60 + (height - 1) / 2
+    assert np.abs(values(turned)[..., 0] - (middle[0] + u * cosine - v * sine)).max() <= 1
+    assert np.abs(values(turned)[..., 1] - (middle[1] + u * sine + v * cosine)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 64), (64, 300), (1000, 900)])
+def test_turned_images_have_no_empty_corners_and_stay_within_the_picture(size):
+    augmentation = Augmentation(crop="Random", rotate_degrees=45, variants_per_image=16)
+    white = Image.new("RGB", size, (255, 255, 255))
+    drawn = Variants(augmentation, seed=4).of(image(*size))
+    assert len({variant.degrees for variant in drawn}) == 16
+    assert all(abs(variant.degrees) <= 45 for variant in drawn)
+    for variant in drawn:
+        pixels, _ = transform(white, variant, (64, 64))
+        assert (pixels == 1).all()
+
+
+def test_an_upright_variant_is_not_touched_by_what_others_do():
+    """Turning and colours are drawn after flip and crop, so that these stay as they were."""
+    before = Variants(Augmentation(crop="Random", variants_per_image=16), seed=1).of(image(200, 64))
+    both = {"rotate_degrees": 20, "color_jitter": 0.3}
+    after = Variants(Augmentation(crop="Random", variants_per_image=16, **both), seed=1).of(image(200, 64))
+    assert [variant.flip for variant in before] == [variant.flip for variant in after]
+    assert all(variant.degrees == 0 and variant.colours == (1, 1, 1) for variant in before)
+
+
+def test_colours_are_multiplied_by_factors_within_their_bounds():
+    drawn = Variants(Augmentation(color_jitter=0.2, variants_per_image=16), seed=1).of(image(64, 64))
+    factors = np.array([variant.colours for variant in drawn])
+    assert factors.min() >= 0.8
+    assert factors.max() <= 1.2
+    assert factors.std(axis=0).min() > 0.05
+    grey = Image.new("RGB", (64, 64), (100, 100, 100))
+    pixels, _ = transform(grey, replace(drawn[0], flip=False, colours=(1.2, 1.0, 1.0)), (64, 64))
+    assert set(values(pixels).ravel()) == {120}
+    red, _ = transform(Image.new("RGB", (64, 64), (200, 0, 0)), replace(drawn[0], colours=(1, 1, 0)), (64, 64))
+    assert set(values(red).ravel()) == {60}  # without saturation: 0.299 of the red
+
+
+def test_a_held_out_image_is_neither_turned_nor_coloured():
+    augmentation = Augmentation(rotate_degrees=45, color_jitter=1, variants_per_image=4)
+    (plain,) = Variants(augmentation, seed=0).of(image(64, 64, split="validation"))
+    assert (plain.degrees, plain.colours) == (0, (1, 1, 1))

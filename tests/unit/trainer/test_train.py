@@ -251,7 +251,9 @@ def test_losses_become_numbers_only_when_asked():
 def test_curves_survive_a_checkpoint_exactly():
     curves = _curves()
     curves.settle()
-    curves.evaluations.append(Evaluation(3, 0.1 + 0.2, (0.1, 0.7)))
+    curves.evaluate(3, Evaluation(3, 5.0))
+    curves.evaluate(3, Evaluation(3, 0.1 + 0.2, (0.1, 0.7), 0.3, 0.25))  # done again after a stop
+    assert (len(curves.evaluations), curves.evaluated) == (1, 3)
     curves.evaluated = 3
     again = Curves.restored(curves.tensors(), json.loads(json.dumps(curves.scalars())))
     assert again == curves
@@ -376,11 +378,11 @@ class FakePublisher:
     saves: list = field(default_factory=list)
     saved: Saved | None = None
 
-    def save(self, taken, *, wait=False):
+    def save(self, taken, *, best=None, wait=False):
         self.saves.append((taken.step, wait))
         if self.committing or wait:
             entry = Entry(taken.step, 1, f"ckpt/{taken.step}", "sha", 100.0)
-            self.saved = Saved(entry, stall_seconds=1.0, upload_seconds=2.0, size_bytes=10)
+            self.saved = Saved(entry, stall_seconds=1.0, upload_seconds=2.0, size_bytes=10, best=best)
 
     def try_save(self, taken):
         if not self.busy:
@@ -394,7 +396,7 @@ class FakePublisher:
         pass
 
 
-def _saver(publisher, interval="2steps", start_step=0):
+def _saver(publisher, interval="2steps", start_step=0, best_step=None):
     clock = SimpleNamespace(now=0.0)
     board, metrics = Board(attempt=1), Metrics()
     tensors = {"model": {"a": torch.zeros(1000)}}
@@ -404,6 +406,7 @@ def _saver(publisher, interval="2steps", start_step=0):
         cadence=Cadence.parse(interval),
         start_step=start_step,
         voices=Voices(board, metrics, "file:///state/"),
+        best_step=best_step,
         monotonic=lambda: clock.now,
     )
     return clock, board, metrics, saver
@@ -424,6 +427,30 @@ def test_a_step_is_saved_once_and_announced():
 def test_the_step_that_was_resumed_from_is_not_saved_again():
     _, _, _, saver = _saver(FakePublisher(), start_step=2)
     assert not saver.due(2)
+
+
+def test_the_best_weights_are_saved_at_their_very_step_and_pinned():
+    publisher = FakePublisher()
+    _, board, _, saver = _saver(publisher)
+    assert not saver.keep_best(3, None)
+    assert not saver.keep_best(3, Evaluation(2, 0.5))  # the best is another step
+    assert saver.keep_best(3, Evaluation(3, 0.5))
+    assert not saver.keep_best(3, Evaluation(3, 0.5))
+    assert publisher.saves == [(3, False)]
+    assert (board.state.best_checkpoint.step, board.state.best_checkpoint.value) == (3, 0.5)
+    assert board.state.best_checkpoint.metric == "validation_loss"
+    saver.save(4)
+    assert board.state.latest_checkpoint.step == 4
+    assert board.state.best_checkpoint.step == 3
+    # A step that was saved before it was evaluated, by an attempt that was stopped then, is pinned later.
+    saver.keep_best(4, Evaluation(4, 0.4))
+    assert publisher.saves == [(3, False), (4, False), (4, False)]
+    assert board.state.best_checkpoint.step == 4
+
+
+def test_what_is_pinned_already_is_not_saved_again():
+    _, _, _, saver = _saver(FakePublisher(), start_step=3, best_step=3)
+    assert not saver.keep_best(3, Evaluation(3, 0.5))
 
 
 def test_a_busy_uploader_puts_a_timed_save_off():
@@ -481,8 +508,9 @@ def test_results_have_their_hashes_and_leave_a_receipt(tmp_path):
     assert files == (OutputFile(name="diffusers/w", sha256=sha, bytes=3),)
     assert store.get("diffusers/w") == b"abc"
     assert output.receipt(state, store, identity="x") is None
-    output.sign(state, files, identity="x")
-    assert output.receipt(state, store, identity="x") == files
+    results = output.Results(files, "stopped early", 7)
+    output.sign(state, results, identity="x")
+    assert output.receipt(state, store, identity="x") == results
     assert output.receipt(state, store, identity="another spec") is None
     store.delete("diffusers/w")
     assert output.receipt(state, store, identity="x") is None

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from diffusion_trainer.data.lock import DatasetLock, LockedImage
 from diffusion_trainer.objective import DiscreteObjective, FlowObjective
 from diffusion_trainer.rng import Purpose, stream
-from diffusion_trainer.validation import BINS, validate
+from diffusion_trainer.validation import BINS, train_subset, validate
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
 OBJECTIVE = DiscreteObjective.of(ALPHAS, prediction="Epsilon", gamma=None)
@@ -131,3 +133,62 @@ def test_several_processes_find_what_one_finds(processes):
 
 def test_without_a_held_out_split_there_is_no_result():
     assert result(lock(0)) is None
+
+
+def gap(lock, *, seed=1, beside=None, **options):
+    beside = train_subset(lock, seed=seed) if beside is None else beside
+    return validate(
+        lock, FakeCache(), loss, objective=OBJECTIVE, seed=seed, batch_size=4, device="cpu", beside=beside, **options
+    )
+
+
+def test_training_images_are_measured_in_the_same_way_and_change_nothing():
+    both = gap(lock(trained=9))
+    assert (both.images, both.trained.images) == (7, 7)
+    alone = result(lock(trained=9))
+    assert (both.loss, both.by_bin, both.of_images) == (alone.loss, alone.by_bin, alone.of_images)
+    assert sum(both.of_images) / 7 == pytest.approx(both.loss, rel=1e-12)
+    assert both.trained.loss != both.loss
+
+
+def test_an_image_on_the_other_side_has_the_loss_that_it_would_have_here():
+    """The gap compares like with like: times and noise belong to the image, not to its split."""
+    swapped = DatasetLock(
+        tuple(replace(one, split="train" if one.split == "validation" else "validation") for one in lock().images),
+        {},
+        {},
+    )
+    assert gap(swapped, beside=range(7)).trained.of_images == result().of_images
+
+
+def test_the_subset_is_as_large_as_the_held_out_split_fixed_and_of_training_images():
+    many = lock(trained=50)
+    chosen = train_subset(many, seed=1)
+    assert len(chosen) == 7
+    assert set(chosen) <= set(many.training)
+    assert chosen == train_subset(many, seed=1)
+    assert chosen != train_subset(many, seed=2)
+    assert len(train_subset(lock(trained=3), seed=1)) == 3
+    more = DatasetLock((*many.images, replace(many.images[-1], id="f" * 64)), {}, {})
+    assert len(set(train_subset(more, seed=1)) & set(chosen)) >= 6  # an image more hardly changes it
+
+
+def test_class_images_are_no_training_images_of_ones_own():
+    classes = DatasetLock(tuple(replace(one, role="class") for one in lock().images if one.split == "train"), {}, {})
+    assert train_subset(DatasetLock((*lock(trained=0).images, *classes.images), {}, {}), seed=1) == ()
+
+
+def test_several_processes_find_the_same_gap():
+    pool = []
+
+    def gather(losses):
+        pool.extend(losses)
+        return pool if len(pool) == 2 * 7 * BINS else []
+
+    many = lock(trained=9)
+    found = [gap(many, part=slice(rank, None, 3), gather=gather) for rank in range(3)]
+    assert next(one for one in found if one is not None) == gap(many)
+
+
+def test_nothing_held_out_nothing_measured():
+    assert gap(lock(0), beside=(0, 1)) is None

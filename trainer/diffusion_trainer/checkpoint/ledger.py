@@ -158,6 +158,23 @@ class Ledger:
         """Return the entry that the last `load` returned."""
         return self._loaded
 
+    @property
+    def best(self) -> Best | None:
+        """Return the checkpoint that is pinned, as of the HEAD.json that was last seen here."""
+        return self._held[0].best if self._held else None
+
+    def load_best(self, *, scratch: Path | None = None) -> Snapshot | None:
+        """Return the pinned checkpoint, whoever published it; None when none is pinned.
+
+        Raises `CheckpointCorrupt`, StorageError.
+        """
+        self._held = self._read_head()
+        pinned = self.best
+        if self._held is None or pinned is None:
+            return None
+        entry = next(entry for entry in self._held[0].history if entry.key == pinned.key)
+        return self.read(entry, scratch=scratch)
+
     def publish(
         self, snapshot: Snapshot, *, best: tuple[str, float] | None = None, scratch: Path | None = None
     ) -> Entry:

@@ -31,12 +31,16 @@ _END_SECONDS = 5.0  # an idle uploader ends at once
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """One acknowledged save: how long training stood still for it, how long the upload took, and its size."""
+    """One acknowledged save: how long training stood still for it, how long the upload took, and its size.
+
+    `best` (metric, value) where it was pinned.
+    """
 
     entry: Entry
     stall_seconds: float
     upload_seconds: float
     size_bytes: int
+    best: tuple[str, float] | None = None
 
 
 class Publisher:
@@ -67,6 +71,7 @@ class Publisher:
         self._skipped = 0
         self._saved: Saved | None = None
         self._stall_seconds = 0.0
+        self._best: tuple[str, float] | None = None
         self._resources = contextlib.ExitStack()
         folder = self._resources.enter_context(claimed(staging))
         self._staging = Staging(folder)
@@ -162,7 +167,7 @@ class Publisher:
             self._connection.send(Job(snapshot.step, self._staging.folder, names, best))
         except OSError as error:
             raise self._died() from error
-        self._in_flight = snapshot.step
+        self._in_flight, self._best = snapshot.step, best
 
     def _wait(self, seconds: float | None) -> bool:
         """Handle reports until nothing is in flight or the time is over; what has arrived is always handled."""
@@ -180,7 +185,7 @@ class Publisher:
     def _note(self, report: object) -> None:
         if isinstance(report, Committed):
             self._committed, self._in_flight = report.entry.step, None
-            self._saved = Saved(report.entry, self._stall_seconds, report.upload_seconds, report.size_bytes)
+            self._saved = Saved(report.entry, self._stall_seconds, report.upload_seconds, report.size_bytes, self._best)
         elif isinstance(report, Failed):
             self._in_flight = None
             raise report.error

@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffusion_trainer.data.captions import CaptionVariants
+    from diffusion_trainer.data.folders import Folder, folders_of
     from diffusion_trainer.data.freezing import freeze
     from diffusion_trainer.data.loader import Batch, CachedTensors, Share, open_loader
     from diffusion_trainer.data.lock import DatasetLock, LockedImage
@@ -23,18 +25,23 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "CachedTensors",
+    "CaptionVariants",
     "DatasetLock",
+    "Folder",
     "LockedImage",
     "Pictures",
     "Plan",
     "Share",
     "Slot",
     "Variants",
+    "folders_of",
     "freeze",
     "open_loader",
 ]
 
 _ROOMS = {
+    "captions": ("CaptionVariants",),
+    "folders": ("Folder", "folders_of"),
     "freezing": ("freeze",),
     "loader": ("Batch", "CachedTensors", "Share", "open_loader"),
     "lock": ("DatasetLock", "LockedImage"),

@@ -35,25 +35,28 @@ class Candidate:
     fault: str = ""
 
 
-def read_layout(source: ObjectStore, layout: str) -> tuple[Candidate, ...]:
+def read_layout(source: ObjectStore, layout: str, *, field: str = "dataset.source") -> tuple[Candidate, ...]:
     """Return the images of a folder and their captions, in the byte order of their keys.
 
-    `layout` is `dataset.format`: Auto takes ImageFolder where there is a metadata.jsonl, else Sidecar.
+    `layout` is `dataset.format`: Auto takes ImageFolder where there is a metadata.jsonl, else Sidecar. `field` names
+    the folder in messages.
 
     Raises:
         InputMissing: there is no image, or no metadata.jsonl for ImageFolder.
         BadData: metadata.jsonl cannot be parsed, or names images that are not there.
 
     """
-    return candidates({info.key: info for info in source.list() if not hidden(info.key)}, source, layout)
+    return candidates({info.key: info for info in source.list() if not hidden(info.key)}, source, layout, field=field)
 
 
-def candidates(objects: Mapping[str, ObjectInfo], source: ObjectStore, layout: str) -> tuple[Candidate, ...]:
+def candidates(
+    objects: Mapping[str, ObjectInfo], source: ObjectStore, layout: str, *, field: str = "dataset.source"
+) -> tuple[Candidate, ...]:
     """Return what `read_layout` does, of a folder that consists of these objects."""
     images = [info for key, info in objects.items() if key.lower().endswith(IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES)]
     if not images:
         raise InputMissing(
-            f"dataset.source {source.uri} has no images ({', '.join(IMAGE_SUFFIXES)}) among its {len(objects)} objects;"
+            f"{field} {source.uri} has no images ({', '.join(IMAGE_SUFFIXES)}) among its {len(objects)} objects;"
             " check the URI, and that the upload is complete"
         )
     tables = [info for key, info in objects.items() if posixpath.basename(key) == METADATA]

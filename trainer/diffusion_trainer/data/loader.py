@@ -140,16 +140,15 @@ class _Steps(Dataset[list[Batch]]):
         return [self._batch(piece) for piece in self._share.pieces(self._plan.batch(step))]
 
     def _batch(self, slots: tuple[Slot, ...]) -> Batch:
-        images = self._plan.lock.images
         latents = [self._latents(slot) for slot in slots]
-        text = [self._cache.text("" if slot.drop_caption else images[slot.image].caption) for slot in slots]
+        text = [self._cache.text(slot.caption) for slot in slots]
         return Batch(
             latents=torch.stack(latents),
             noise=torch.stack([self._noise(slot, like) for slot, like in zip(slots, latents, strict=True)]),
             times=torch.tensor([self._time(slot) for slot in slots], dtype=self._objective.times_dtype),
             conditioning=stacked(text),
             geometry=torch.stack([self._cache.geometry(slot.image, slot.variant) for slot in slots]),
-            weights=torch.ones(len(slots)),
+            weights=torch.tensor([slot.weight for slot in slots]),
             slots=slots,
         )
 

@@ -14,13 +14,18 @@ from diffusion_trainer.errors import BadData
 Shape: TypeAlias = tuple[int, int]
 """Width and height in pixels, in this order everywhere in this package."""
 Split = Literal["train", "validation"]
+Role = Literal["instance", "class"]
 
 _VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class LockedImage:
-    """One image of the run. `id` is the sha256 of the file; width and height are those after EXIF rotation."""
+    """One image of the run. `id` is the sha256 of the file; width and height are those after EXIF rotation.
+
+    `concept` counts the folders of `data.folders`, class images (DreamBooth) being in one more; `weight` says how often
+    it is drawn, relative to others.
+    """
 
     id: str
     key: str
@@ -29,11 +34,18 @@ class LockedImage:
     caption: str
     bucket: Shape
     split: Split
+    concept: int = 0
+    weight: float = 1.0
+    role: Role = "instance"
+
+
+_NEUTRAL = {"concept": 0, "weight": 1.0, "role": "instance"}
+"""What is not written down, so that a lock of one plain folder is the same bytes as it ever was."""
 
 
 @dataclass(frozen=True)
 class DatasetLock:
-    """The images of a run, in the byte order of their keys, and what was left out.
+    """The images of a run, in the order of their folders and the byte order of their keys, and what was left out.
 
     `rejected` maps a reason to some of the keys that it hit (at most `MAX_REJECTED_KEYS`), `rejected_counts` to how
     many there were.
@@ -50,7 +62,7 @@ class DatasetLock:
 
     @property
     def training(self) -> tuple[int, ...]:
-        """Return the indices of the images that are trained on."""
+        """Return the indices of the images that are trained on, class images among them."""
         return tuple(i for i, image in enumerate(self.images) if image.split == "train")
 
     @property
@@ -62,7 +74,7 @@ class DatasetLock:
         """Return the canonical JSON: equal locks give equal bytes."""
         content = {
             "version": _VERSION,
-            "images": [asdict(image) for image in self.images],
+            "images": [_written(image) for image in self.images],
             "rejected": {reason: list(keys) for reason, keys in self.rejected.items()},
             "rejectedCounts": dict(self.rejected_counts),
         }
@@ -86,3 +98,7 @@ class DatasetLock:
             return cls(images, rejected, dict(content["rejectedCounts"]))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise BadData(f"dataset lock: it cannot be read ({error}); delete it to freeze the dataset anew") from error
+
+
+def _written(image: LockedImage) -> dict[str, object]:
+    return {key: value for key, value in asdict(image).items() if key not in _NEUTRAL or value != _NEUTRAL[key]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_trainer.data.lock import DatasetLock, LockedImage
@@ -21,9 +22,9 @@ class Pictures:
     Safe to use from several threads of one process.
     """
 
-    def __init__(self, source: ObjectStore, work: Path) -> None:
-        """`source` is the dataset's root; files land below `work`/images."""
-        self.source = source
+    def __init__(self, sources: Sequence[ObjectStore], work: Path) -> None:
+        """`sources` are the folders that `LockedImage.concept` counts; files land below `work`/images."""
+        self.sources = tuple(sources)
         self.folder = work / "images"
 
     def path(self, image: LockedImage) -> Path:
@@ -31,16 +32,15 @@ class Pictures:
         path = self.place(image.id)
         if path.exists():
             return path
+        where = f"{self.sources[image.concept].uri}{image.key}"
         try:
-            found = self.download(image.key)
+            found = self.download(image.key, concept=image.concept)
         except NotFound as error:
-            raise BadData(
-                f"{self.source.uri}{image.key} was there when the dataset was frozen and is gone; {_REMEDY}"
-            ) from error
+            raise BadData(f"{where} was there when the dataset was frozen and is gone; {_REMEDY}") from error
         if found != image.id:
             raise BadData(
-                f"{self.source.uri}{image.key} has changed since the dataset was frozen (its sha256 is {found[:12]}, "
-                f"the lock has {image.id[:12]}); {_REMEDY}"
+                f"{where} has changed since the dataset was frozen (its sha256 is "
+                f"{found[:12]}, the lock has {image.id[:12]}); {_REMEDY}"
             )
         return path
 
@@ -48,11 +48,13 @@ class Pictures:
         """Download all images of the lock that are not here yet. Raises `BadData` like `path`."""
         in_parallel(self.path, lock.images, parallel=PARALLEL)
 
-    def download(self, key: str) -> str:
+    def download(self, key: str, *, concept: int = 0) -> str:
         """Download an object and return its sha256, which `place` turns into its path. Raises `NotFound`."""
-        arriving = self.folder / "arriving" / f"{hashlib.sha256(key.encode()).hexdigest()}-{threading.get_ident()}"
+        arriving = (
+            self.folder / "arriving" / f"{concept}-{hashlib.sha256(key.encode()).hexdigest()}-{threading.get_ident()}"
+        )
         arriving.parent.mkdir(parents=True, exist_ok=True)
-        self.source.get_to_file(key, arriving)
+        self.sources[concept].get_to_file(key, arriving)
         with arriving.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         path = self.place(found)
