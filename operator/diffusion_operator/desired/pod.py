@@ -17,6 +17,8 @@ from diffusion_operator.state import Job, Object
 COMMAND = ("python", "-m", "diffusion_trainer")
 RUN_VOLUME, WORK_VOLUME, TMP_VOLUME, SHM_VOLUME, CREDENTIALS_VOLUME = "run", "work", "tmp", "shm", "credentials"
 REQUIRED_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+LEFT_ALONE = {"karpenter.sh/do-not-disrupt": "true", "cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+"""Autoscalers do not empty the pod's node to save money: that would cost GPU time. podOverrides.annotations wins."""
 KEY_MODE = 0o440
 """Credentials are readable for the trainer's group (fsGroup) and nobody else."""
 
@@ -103,7 +105,8 @@ def build(job: Job, spec: JobSpec, profile: ProfileSpec, *, attempt: Attempt, ra
             "name": names.pod_name(job.name, attempt.number, rank),
             "namespace": job.namespace,
             "labels": overrides.labels | labels(job, attempt=attempt.number, rank=rank),
-            "annotations": overrides.annotations
+            "annotations": LEFT_ALONE
+            | overrides.annotations
             | {
                 # With its nulls: `snrGamma: null` is something else than no snrGamma.
                 names.ANNOTATION_RUN: run.model_dump_json(by_alias=True),

@@ -82,6 +82,13 @@ def test_users_cannot_override_what_the_operator_relies_on() -> None:
     assert env["NCCL_DEBUG"]["value"] == "INFO"
 
 
+def test_autoscalers_leave_it_alone_unless_the_user_says_otherwise() -> None:
+    key = "karpenter.sh/do-not-disrupt"
+    assert build()["metadata"]["annotations"][key] == "true"
+    allowed = make_job(podOverrides={"annotations": {key: "false"}})
+    assert build(allowed)["metadata"]["annotations"][key] == "false"
+
+
 def test_names_are_a_function_of_job_attempt_and_rank() -> None:
     assert build()["metadata"]["name"] == names.pod_name("cats", 3, 0)
 

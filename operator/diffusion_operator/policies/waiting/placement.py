@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -109,7 +110,11 @@ def _none_reported(land: Landscape, resource: str) -> Diagnosis:
 def _labels(land: Landscape) -> Diagnosis | None:
     if land.both:
         return None
-    lacks = min((nodes.missing(land.pod, node) for node in land.offering), key=lambda found: (len(found), found))
+    found = [nodes.missing(land.pod, node) for node in land.offering]
+    # What most nodes have says least about what the pod is for: the right GPU on the wrong kind of node is nearer than
+    # another GPU.
+    without = Counter(requirement for missing in found for requirement in missing)
+    lacks = min(found, key=lambda missing: (len(missing), sum(without[entry] for entry in missing), missing))
     detail = (
         f"no node has what profile {land.facts.profile} asks for: {'; '.join(lacks)}; "
         f"nodes with {land.facts.resource or 'room'}: {_described(land, lacks)}"
