@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion_api.combinations import Kind
 from diffusion_api.job import TrainerSpec
 from diffusion_api.status import OutputFile
 from diffusion_trainer.errors import NotFound
@@ -18,6 +19,9 @@ from diffusion_trainer.objectstore import ObjectStore
 
 RECEIPT = "output.json"
 CARD = "README.md"
+MOST_TOLD = 8
+"""Files that a last word has room for."""
+_TAGS: dict[Kind, tuple[str, ...]] = {"Adapter": ("lora",), "Weights": (), "Embedding": ("textual_inversion",)}
 
 
 def upload(store: ObjectStore, folder: Path, files: Iterable[Path]) -> tuple[OutputFile, ...]:
@@ -69,12 +73,34 @@ def receipt(state: ObjectStore, output: ObjectStore, *, identity: str) -> Result
         return None
 
 
+def condensed(files: tuple[OutputFile, ...]) -> tuple[OutputFile, ...]:
+    """Return files as they are told of: where there are many, a folder of several as one entry, with a slash behind.
+
+    Its hash is that of the lines `<sha256>  <name>` of its files, as sha256sum writes them from the destination.
+    """
+    if len(files) <= MOST_TOLD:
+        return files
+    folders: dict[str, list[OutputFile]] = {}
+    for file in files:
+        folder, slash, _ = file.name.partition("/")
+        folders.setdefault(folder + slash, []).append(file)
+    return tuple(members[0] if len(members) == 1 else _as_one(name, members) for name, members in folders.items())
+
+
+def _as_one(folder: str, files: list[OutputFile]) -> OutputFile:
+    lines = "".join(f"{file.sha256}  {file.name}\n" for file in sorted(files, key=lambda file: file.name))
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return OutputFile(name=folder, sha256=digest, bytes=sum(file.bytes for file in files))
+
+
 def model_card(spec: TrainerSpec, *, family: str, images: int, steps: int) -> str:
     """Return the README of the results, in the hub's format."""
-    prompt = spec.validation.prompts[0].prompt if spec.validation.prompts else "a photo"
+    tags = ["stable-diffusion", "text-to-image", *_TAGS[spec.trains], "diffusers-training"]
+    if spec.method == "Unconditional":
+        tags = ["unconditional-image-generation", "diffusers-training"]
     return f"""---
 library_name: diffusers
-tags: [stable-diffusion, text-to-image, lora, diffusers-training]
+tags: [{", ".join(tags)}]
 ---
 # {spec.method} for {family}
 
@@ -82,10 +108,27 @@ Trained from `{spec.model.source}` on {images} images for {steps} steps: batch s
 rate {spec.learning_rate:g} ({spec.training.lr_schedule.name}), seed {spec.training.seed}.
 
 ```python
-from diffusers import StableDiffusionPipeline
-
-pipeline = StableDiffusionPipeline.from_pretrained("<base model>")
-pipeline.load_lora_weights("diffusers/pytorch_lora_weights.safetensors")
-image = pipeline({prompt!r}).images[0]
+{_usage(spec)}
 ```
 """
+
+
+def _usage(spec: TrainerSpec) -> str:
+    """Return the lines of Python that use what is in the folder diffusers/."""
+    prompt = spec.validation.prompts[0].prompt if spec.validation.prompts else "a photo"
+    if spec.method == "Unconditional":
+        source, load, call = "diffusers", "", ""
+    elif spec.trains == "Weights":
+        source, load, call = "diffusers", "", repr(prompt)
+    elif spec.trains == "Adapter":
+        load = 'pipeline.load_lora_weights("diffusers/pytorch_lora_weights.safetensors")\n'
+        source, call = "<base model>", repr(prompt)
+    else:
+        load = 'pipeline.load_textual_inversion("diffusers/learned_embeds.safetensors")\n'
+        token = spec.textual_inversion.token if spec.textual_inversion else ""
+        source = "<base model>"
+        call = repr(prompt if token in prompt else f"a photo of {token}")
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{source}")\n{load}image = pipeline({call}).images[0]'
+    )

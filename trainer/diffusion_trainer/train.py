@@ -135,7 +135,9 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
 
 def conclude(board: Board, results: output.Results) -> None:
     """Put what was exported on the board, and how it came to that."""
-    board.update(output=results.files, conclusion=results.conclusion, stopped_early_at=results.stopped_early_at)
+    board.update(
+        output=output.condensed(results.files), conclusion=results.conclusion, stopped_early_at=results.stopped_early_at
+    )
 
 
 def how_it_ended(board: Board) -> dict[str, Any]:

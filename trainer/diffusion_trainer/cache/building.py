@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from diffusion_trainer.data.lock import DatasetLock, LockedImage
 from diffusion_trainer.data.pictures import Pictures
 from diffusion_trainer.data.transforms import Geometry, Variant, Variants, geometry, transform
 from diffusion_trainer.errors import BadData
+from diffusion_trainer.methods import TextPath
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.objectstore import ObjectStore
 from diffusion_trainer.objectstore.parallel import in_parallel
@@ -50,21 +51,21 @@ def build(  # noqa: PLR0913 - what a cache depends on, and which part of it
     pictures: Pictures,
     report: Callable[[str], None],
     part: slice = slice(None),
-    text: Literal["Embeddings", "Tokens"] = "Embeddings",
+    text: TextPath | None = None,
 ) -> Cache:
     """Return the cache of a dataset: each shard from this machine, else from the bucket, else encoded and uploaded.
 
     `store` is the output destination; shards lie below `names.CACHE_PREFIX`, local copies beside the pictures. Images
     are downloaded (by `pictures`) only for shards that have to be encoded. Calling it again after an interruption
     repeats at most one shard. `part` of the shards are seen to, and the cache lacks the others: several processes each
-    encode a part, and then fetch all. `text` is "Tokens" where text encoders are part of the training.
+    encode a part, and then fetch all. `text` says what is kept of captions; by default, what frozen encoders say.
 
     Raises:
         BadData: an image changed or vanished since the freeze, or the VAE makes no finite numbers of it.
 
     """
     shelf = Shelf(store, pictures.folder.parent / "cache")
-    vae_hash, text_hash = family.vae_hash(), family.text_hash()
+    text, vae_hash = text or TextPath(family), family.vae_hash()
     wanted: dict[str, _Wanted] = {}
     latents: list[tuple[str, ...]] = []
     geometries: list[tuple[Geometry, ...]] = []
@@ -75,15 +76,15 @@ def build(  # noqa: PLR0913 - what a cache depends on, and which part of it
         latents.append(keys)
         size = (image.width, image.height)
         geometries.append(tuple(geometry(size, variant, image.bucket) for variant in drawn))
-    names = family.conditioning_names if text == "Embeddings" else family.token_names
-    encode = family.encode_text if text == "Embeddings" else family.tokenize
-    texts = {caption: text_entries(caption, names, text_hash=text_hash) for caption in _captions(lock, captions)}
+    texts = {caption: text_entries(caption, text.names, text_hash=text.hash) for caption in _captions(lock, captions)}
 
     def encode_latents(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         return _latents({key: wanted[key] for key in shard.entries}, family, pictures)
 
     def encode_text(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
-        return _text({caption: keys for caption, keys in texts.items() if shard.entries & {*keys.values()}}, encode)
+        return _text(
+            {caption: keys for caption, keys in texts.items() if shard.entries & {*keys.values()}}, text.cached
+        )
 
     images = {key: one.image.id for key, one in wanted.items()}  # variants of an image lie together
     places = _obtained(_shards("latents", images)[part], encode_latents, shelf, report)
