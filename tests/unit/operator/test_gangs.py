@@ -16,7 +16,8 @@ from testkit.deciding import ask
 ROOT = Path(__file__).resolve().parents[3]
 GUIDE = (ROOT / "docs" / "guides" / "queues.md").read_text()
 GOLDEN = Path(__file__).parent / "golden" / "gangs.yaml"
-OWN = ("app.kubernetes.io/", f"{names.GROUP}/", "kubectl.kubernetes.io/")
+AUTOSCALERS = ("karpenter.sh/", "cluster-autoscaler.kubernetes.io/")
+OWN = ("app.kubernetes.io/", f"{names.GROUP}/", "kubectl.kubernetes.io/", *AUTOSCALERS)
 SPEC = ("schedulerName", "hostname", "subdomain")
 
 
