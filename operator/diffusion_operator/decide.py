@@ -23,6 +23,7 @@ from diffusion_operator.policies.run_policy import backs_off
 from diffusion_operator.policies.stall import hangs
 from diffusion_operator.policies.suspend import is_suspended
 from diffusion_operator.policies.ttl import has_outlived_itself
+from diffusion_operator.policies.vain_start import starts_in_vain
 from diffusion_operator.policies.validation import is_invalid
 from diffusion_operator.state import Case, Decision, Job, Observed
 from diffusion_operator.status import is_finished
@@ -39,6 +40,7 @@ POLICIES: tuple[Policy, ...] = (  # the first answer wins
     is_suspended,  # stop after a checkpoint, start nothing
     limit_is_reached,  # deadlines and GPU-hours: stop after a checkpoint, then Failed
     hangs,  # no sign of life, and the trainer's own watchdog has not ended it: cause Hang
+    starts_in_vain,  # an image or a volume that its node cannot get: give the GPUs back and back off
     leaves_its_node,  # a node that is about to go: save and go on elsewhere, before the machine is taken
     moves_on,  # no node in time: the next of the choices in spec.resources
     attempt_ended,  # evidence -> cause -> complete, fail, go on at once, or back off

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -227,6 +228,15 @@ class Kubelet:
     def patch(self, name: str, **status: Any) -> None:
         """Merge into the pod's status."""
         self._kube.api.patch("pods", name, {"status": status}, namespace=self.namespace, subresource="status")
+
+    def tell(self, name: str, reason: str, message: str) -> None:
+        """Warn of something in an event about the pod, now: what is old is no news."""
+        pod = self._kube.get("pods", name, namespace=self.namespace)["metadata"]
+        about = {"kind": "Pod", "name": name, "namespace": self.namespace, "uid": pod["uid"]}
+        said = {"reason": reason, "type": "Warning", "message": message, "involvedObject": about}
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        event = {"metadata": {"name": f"{name}-{reason.lower()}"}, "lastTimestamp": now, **said}
+        self._kube.api.create("events", event, namespace=self.namespace)
 
     def remove(self, name: str) -> None:
         """Let the pod go, as at the end of its deletion."""

@@ -13,7 +13,8 @@ from diffusion_operator.state import SeenPod
 
 SIGTERM_CODE = 143
 SIGKILL_CODE = 137
-NODE_GONE = {"DeletionByTaintManager", "DeletionByPodGC", "WorkloadEvictedDueToNodeFailures"}
+BY_TAINT = "DeletionByTaintManager"
+NODE_GONE = {BY_TAINT, "DeletionByPodGC", "WorkloadEvictedDueToNodeFailures"}
 BY_KUBELET = "TerminationByKubelet"
 NODE_SHUTDOWN = {"Terminated", "NodeShutdown", "Shutdown", "Preempting", "Evicted"}
 UNKNOWN_END = {"ContainerStatusUnknown", "Unknown"}
@@ -93,7 +94,9 @@ def _of_pod(pod: SeenPod, *, stopped: bool, now: datetime) -> tuple[tuple[int, i
             _CONSEQUENCES.get(pod.said_code, 0),
             "" if pod.completed else pod.terminated.get("finishedAt", ""),
         )
-        return order, Ending(cause=cause, message=_message(cause, detail, word), exit_code=code, word=word)
+        # What the cluster says of its doing outranks the trainer, which knows only that it was told to stop.
+        own = word if clue in _OF_THE_TRAINER or not detail else None
+        return order, Ending(cause=cause, message=_message(cause, detail, own), exit_code=code, word=word)
     raise AssertionError("the last clue always answers")
 
 
@@ -129,7 +132,9 @@ def _disrupted(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
     reason = str(condition.get("reason", ""))
     if reason != BY_KUBELET and pod.terminated and not _was_deleted(pod):
         return None  # announced, and the container ended by itself before it came about
-    cause = Cause.NODE_LOST if reason in NODE_GONE else Cause.PREEMPTED
+    # A container whose end was reported has a kubelet that lives: it was the taint, and not the node's silence.
+    tainted = reason == BY_TAINT and bool(pod.terminated)
+    cause = Cause.NODE_LOST if reason in NODE_GONE and not tainted else Cause.PREEMPTED
     return cause, f"{reason}: {condition.get('message', '')}{_and_why(pod)}"
 
 
@@ -190,6 +195,9 @@ CLUES: tuple[Clue, ...] = (
     _killed_as_its_node_went,
     _said_or_exited,
 )
+
+
+_OF_THE_TRAINER = (_fenced, _completed, _said_or_exited)
 
 
 def _is_unknown(pod: SeenPod) -> bool:

@@ -109,7 +109,7 @@ def test_the_disk_limit_outranks_the_kubelets_disruption_condition() -> None:
     [
         ("PreemptionByScheduler", Cause.PREEMPTED),
         ("EvictionByEvictionAPI", Cause.PREEMPTED),
-        ("DeletionByTaintManager", Cause.NODE_LOST),
+        ("DeletionByTaintManager", Cause.PREEMPTED),
         ("DeletionByPodGC", Cause.NODE_LOST),
         ("SomethingNew", Cause.PREEMPTED),
     ],
@@ -117,6 +117,14 @@ def test_the_disk_limit_outranks_the_kubelets_disruption_condition() -> None:
 def test_a_disruption_outranks_what_the_trainer_says(reason: str, expected: Cause) -> None:
     status = disrupted(reason) | terminated(70, message=last_word(70))
     assert cause(pod(metadata=deleting(), **status)) == expected
+
+
+def test_a_taint_ends_pods_of_living_nodes_and_of_dead_ones() -> None:
+    """The condition is the same for both: that the container's end was reported tells them apart."""
+    lost = pod(phase="Running", metadata=deleting(), gone=True, **disrupted("DeletionByTaintManager"))
+    assert cause(lost) == Cause.NODE_LOST
+    said = pod(metadata=deleting(), **disrupted("DeletionByTaintManager"), **terminated(75, message=last_word(75)))
+    assert cause(said) == Cause.PREEMPTED
 
 
 def test_an_announced_disruption_that_did_not_come_about_is_no_evidence() -> None:

@@ -1,0 +1,208 @@
+"""The world's variants: several pods, the preflight, limits of the run, a job that its user deletes."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, precondition, rule
+
+from diffusion_operator import timestamps
+from testkit.builders import Object
+from testkit.world import KEY, UID, World, attempt_of
+
+
+class TwoNodesWorld(World):
+    """Two pods, which start and end together."""
+
+    nodes = 2
+
+
+class PreflightWorld(World):
+    """A preflight before the first attempt."""
+
+    preflight = True
+    crashes = 0
+
+    def look(self) -> float | None:
+        again = super().look()
+        if not self.status.get("attempt"):
+            self.preflight_failures = self.status.get("counters", {}).get("failures", 0)
+        return again
+
+    def end(self, name: str, how: str) -> None:
+        super().end(name, how)
+        # Without a GPU it cannot run out of the GPU's memory; what says so all the same has crashed.
+        charged = {"crash", "segfault", "no gpu memory", "disk", "host memory"}
+        self.crashes += how in charged and attempt_of(name) == 0
+
+    @precondition(lambda self: self.exists)
+    @rule(hows=st.lists(st.sampled_from(["done", "storage", "yielded", "crash"]), min_size=1, max_size=4))
+    def pods_end_and_are_followed(self, hows: list[str]) -> None:
+        """Chance alone seldom gets past the preflight, or to a second one."""
+        for how in hows:
+            for name in self.alive("Pending", "Running"):
+                self.end(name, how)
+            for _ in range(2):
+                self.everything_is_read_again()
+                self.look()
+                self.now += timedelta(seconds=400)
+
+    @invariant()
+    def each_of_its_pods_is_judged_once_and_only_crashes_are_charged(self) -> None:
+        if self.status.get("attempt"):
+            return
+        counters = self.status.get("counters", {})
+        judged = sum(counters.get(name, 0) for name in ("preemptions", "infrastructure", "failures"))
+        assert judged <= len({name for name in self.cluster.created if attempt_of(name) == 0})
+        assert counters.get("failures", 0) <= self.crashes
+
+    @invariant()
+    def no_attempt_before_the_preflight_has_passed(self) -> None:
+        passed = {"type": "PreflightPassed", "status": "True"}.items()
+        attempts = [name for name in self.cluster.created if attempt_of(name)]
+        has_passed = any(passed <= found.items() for found in self.status.get("conditions", []))
+        assert not attempts or has_passed, "an attempt before its preflight had passed"
+
+    @invariant()
+    def no_preflight_after_it(self) -> None:
+        first = next((i for i, name in enumerate(self.cluster.created) if attempt_of(name)), None)
+        assert first is None or all(attempt_of(name) for name in self.cluster.created[first:])
+
+
+class LimitedWorld(World):
+    """Every limit of the run, and deletion by time."""
+
+    policy: ClassVar[Object] = {
+        "backoffLimit": 3,
+        "activeDeadlineSeconds": 3000,
+        "pendingDeadlineSeconds": 700,
+        "maxGPUHours": 0.5,
+        "ttlSecondsAfterFinished": 500,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.created_before = 0
+        self.created_at_the_end: int | None = None
+        self.told: tuple[int, str] | None = None
+        self.known_to_be_gone = False
+
+    def look(self) -> float | None:
+        again = super().look()
+        if not self.exists:  # the garbage collector
+            for _, name in list(self.cluster.pods):
+                self.operator.knowledge.pods.remove(self.cluster.drop_pod(name))
+        return again
+
+    @rule(seconds=st.sampled_from([700, 3000, 86400]))
+    def it_is_long_after(self, seconds: int) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    @invariant()
+    def nothing_is_started_beyond_the_deadline(self) -> None:
+        new = self.cluster.created[self.created_before :]
+        self.created_before += len(new)
+        start = self.status.get("startTime")
+        if new and start is not None:
+            deadline = timestamps.from_text(start) + timedelta(seconds=self.policy["activeDeadlineSeconds"])
+            assert self.now < deadline, f"started beyond the deadline: {new}"
+
+    @invariant()
+    def it_goes_only_when_its_time_is_over(self) -> None:
+        if not self.exists and not self.known_to_be_gone:
+            self.known_to_be_gone = True  # the clock may be set back after that
+            assert self.final is not None, "deleted before it was done"
+            ends = [item for item in self.final["conditions"] if item["type"] in {"Complete", "Failed"}]
+            ttl = timedelta(seconds=self.policy["ttlSecondsAfterFinished"])
+            assert self.now >= timestamps.from_text(ends[0]["lastTransitionTime"]) + ttl
+
+    @invariant()
+    def nothing_is_made_anew_after_the_end(self) -> None:
+        if self.final is not None:
+            self.created_at_the_end = self.created_at_the_end or len(self.cluster.created)
+            assert len(self.cluster.created) == self.created_at_the_end
+
+    @invariant()
+    def what_the_operator_stopped_was_not_preempted(self) -> None:
+        reasons = {"DeadlineExceeded", "GPUHoursExceeded", "PendingDeadlineExceeded"}
+        said = [item["reason"] for item in self.status.get("conditions", []) if item["type"] == "Progressing"]
+        attempts = self.status.get("attempts", [])
+        if attempts and not attempts[0].get("endedAt") and said and said[0] in reasons:
+            self.told = (attempts[0]["number"], said[0])
+        if self.told and attempts and attempts[0]["number"] == self.told[0] and attempts[0].get("endedAt"):
+            assert attempts[0]["cause"] not in {"Preempted", "NodeLost", "Crash"}
+
+    def teardown(self) -> None:
+        """Let the trouble end: however it was left, the job comes to its end and goes."""
+        self.cluster.fail_at, self.cluster.errors = None, []
+        if self.exists:
+            self.the_user_edits(3, valid=True)
+            self.cluster.change_spec(*KEY, suspend=False)
+        self.settle(lambda: not self.exists)
+
+
+class DeletionWorld(World):
+    """A job that its user deletes at some time, whatever state it is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.created_when_known: int | None = None
+        self.last: Object = {}
+
+    @property
+    def status(self) -> Object:
+        return super().status if self.exists else self.last
+
+    @precondition(lambda self: self.exists and self.cluster.created)
+    @rule(heard=st.booleans())
+    def the_user_deletes_it(self, heard: bool) -> None:
+        """At once, for the pods go with their owner and nothing else holds a job back."""
+        self.last = self.status
+        job = self.cluster.jobs.pop(KEY)
+        if heard:
+            self.operator.knowledge.jobs.remove(job)
+
+    @rule()
+    def the_garbage_is_collected(self) -> None:
+        if not self.exists:
+            for _, name in list(self.cluster.pods):
+                self.operator.knowledge.pods.remove(self.cluster.drop_pod(name))
+
+    def old_jobs(self) -> None:
+        """What is gone is not heard of again."""
+        self.news = [item for item in self.news if item["kind"] == "Pod"]
+
+    @invariant()
+    def nothing_is_started_for_a_job_that_is_known_to_be_gone(self) -> None:
+        if self.exists:
+            return
+        self.old_jobs()
+        if self.operator.knowledge.jobs.get(UID) is None:
+            self.created_when_known = self.created_when_known or len(self.cluster.created)
+            assert len(self.cluster.created) == self.created_when_known, "a pod for a job that is gone"
+
+    @invariant()
+    def every_pod_has_an_owner_that_takes_it_along(self) -> None:
+        for pod in self.cluster.pods.values():
+            (owner,) = pod["metadata"]["ownerReferences"]
+            assert (owner["uid"], owner["controller"]) == (UID, True), "an orphan that nobody collects"
+
+    def teardown(self) -> None:
+        """Let the trouble end: of a job that is gone nothing is left, in the cluster and in memory."""
+        if self.exists:
+            super().teardown()
+            return
+        self.cluster.fail_at, self.cluster.errors = None, []
+        self.the_garbage_is_collected()
+        for _ in range(3):
+            self.everything_is_read_again()
+            self.look()
+            self.the_garbage_is_collected()
+        before = len(self.cluster.writes)
+        assert self.look() is None
+        assert (len(self.cluster.writes), self.cluster.pods) == (before, {})
+        knowledge = self.operator.knowledge
+        left = (knowledge.jobs.get(UID), knowledge.pods.of_job(UID), UID in knowledge.told)
+        assert left == (None, (), False), "something is remembered of a job that is gone"

@@ -1,0 +1,227 @@
+"""Each promise of the world model is broken once, by a bug that is planted: the model sees it, and names the promise.
+
+Told are short stories without chance; `make nightly` shows that chance finds these bugs as well.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from diffusion_api.outcomes import OF_CAUSE, Action, Cause
+from diffusion_operator import decide as deciding
+from diffusion_operator.desired import pod
+from diffusion_operator.knowledge import Knowledge
+from diffusion_operator.policies import attempt_ended, attempt_runs, attempt_starts, evidence
+from diffusion_operator.policies.finished import stays_finished
+from diffusion_operator.policies.limits import limit_is_reached
+from diffusion_operator.policies.preflight import preflight_first
+from diffusion_operator.policies.run_policy import backs_off
+from diffusion_operator.state import Case, SeenPod
+from testkit.world import LOST, World
+from testkit.worlds import DeletionWorld, LimitedWorld, PreflightWorld
+
+FIRST = "cats-1-0"
+
+
+class Bugs:
+    """What is wrong with the operator, one at a time."""
+
+    def __init__(self, plant: pytest.MonkeyPatch) -> None:
+        self.plant = plant
+
+    def _policies(self, policy: Any, *instead: Any) -> None:
+        at = deciding.POLICIES.index(policy)
+        self.plant.setattr(deciding, "POLICIES", (*deciding.POLICIES[:at], *instead, *deciding.POLICIES[at + 1 :]))
+
+    def running_pods_are_taken_for_dead(self) -> None:
+        self.plant.setattr(SeenPod, "live", lambda _pod, _now: False)
+
+    def numbers_are_used_again(self) -> None:
+        add = attempt_starts.add_attempt
+
+        def again(status: Any, attempt: Any, *, keep: int) -> Any:
+            return add(status, attempt.model_copy(update={"number": max(1, status.attempt)}), keep=keep)
+
+        self.plant.setattr(attempt_starts, "add_attempt", again)
+
+    def what_is_missing_counts_as_lost(self) -> None:
+        for module in (attempt_starts, attempt_ended):
+            self.plant.setattr(module, "is_starting", lambda _case: False)
+
+    def preemption_uses_up_the_budget(self) -> None:
+        self.plant.setitem(OF_CAUSE, Cause.PREEMPTED, replace(OF_CAUSE[Cause.PREEMPTED], action=Action.RETRY))
+
+    def node_shutdowns_are_not_known(self) -> None:
+        left = tuple(clue for clue in evidence.CLUES if clue is not evidence._node_made_room)
+        self.plant.setattr(evidence, "CLUES", left)
+
+    def the_end_is_not_the_end(self) -> None:
+        self._policies(stays_finished)
+
+    def nobody_looks_after_the_backoff(self) -> None:
+        def sleeps(case: Case) -> Any:
+            found = backs_off(case)
+            return found and replace(found, again_seconds=None)
+
+        self._policies(backs_off, sleeps)
+
+    def lost_nodes_are_waited_for(self) -> None:
+        self.plant.setattr(SeenPod, "lost", lambda _pod, _now: False)
+
+    def deleted_jobs_are_remembered(self) -> None:
+        self.plant.setattr(Knowledge, "forget", lambda _knowledge, _uid: None)
+
+    def an_old_spec_is_observed(self) -> None:
+        accept = attempt_runs.accepted
+        old = lambda case: accept(case).model_copy(update={"observed_generation": 1})  # noqa: E731
+        self.plant.setattr(attempt_runs, "accepted", old)
+
+    def deadlines_are_overlooked(self) -> None:
+        self._policies(limit_is_reached)
+
+    def preflights_are_left_out(self) -> None:
+        self._policies(preflight_first)
+
+    def pods_have_no_owner(self) -> None:
+        build = pod.build
+
+        def orphan(*args: Any, **more: Any) -> Any:
+            made = build(*args, **more)
+            made["metadata"]["ownerReferences"][0]["controller"] = False
+            return made
+
+        self.plant.setattr(pod, "build", orphan)
+
+
+Story = Callable[[World], None]
+
+
+def check(world: World) -> None:
+    """Hold the world to its promises, as the state machine does after each rule."""
+    for promise in world.invariants:
+        promise.function(world)
+
+
+def tell(story: Story, kind: type[World]) -> None:
+    world = kind()
+    story(world)
+    world.teardown()
+
+
+def started(world: World) -> None:
+    for _ in range(2):
+        world.look()
+        world.everything_is_read_again()
+        for name in world.pods("Pending"):
+            world.run(name, "n1")
+        world.everything_is_read_again()
+        check(world)
+    world.look()
+    check(world)
+
+
+def followed(world: World) -> None:
+    world.everything_is_read_again()
+    world.look()
+    check(world)
+    world.look()
+    check(world)
+
+
+def ends(how: str) -> Story:
+    def story(world: World) -> None:
+        started(world)
+        world.end(FIRST, how)
+        followed(world)
+
+    return story
+
+
+def operator_dies_before_the_pod(world: World) -> None:
+    world.cluster.fail_at = (2, "before")
+    world.look()
+    world.cluster.fail_at = None
+    followed(world)
+
+
+def time_goes_by(world: World) -> None:
+    started(world)
+    world.time_passes(seconds=400)
+    followed(world)
+
+
+def node_is_lost(world: World) -> None:
+    started(world)
+    world.a_node_changes(name="n1", taint=LOST, heard=True)
+    world.time_passes(seconds=400)
+    followed(world)
+
+
+def spec_changes(world: World) -> None:
+    world.the_user_edits(limit=2, valid=True)
+    started(world)
+
+
+def user_deletes(world: World) -> None:
+    started(world)
+    assert isinstance(world, DeletionWorld)
+    world.the_user_deletes_it(heard=True)
+    followed(world)
+
+
+def it_takes_too_long(world: World) -> None:
+    started(world)
+    assert isinstance(world, LimitedWorld)
+    world.it_is_long_after(seconds=3000)
+    world.end(FIRST, "yielded")
+    followed(world)
+
+
+FOUND: list[tuple[Callable[[Bugs], None], type[World], Story, str]] = [
+    (Bugs.running_pods_are_taken_for_dead, World, time_goes_by, "two attempts at once"),
+    (Bugs.numbers_are_used_again, World, ends("yielded"), "a number was used twice"),
+    (Bugs.what_is_missing_counts_as_lost, World, operator_dies_before_the_pod, "nothing was started"),
+    (Bugs.preemption_uses_up_the_budget, World, ends("kubelet"), "charged for what is no failure"),
+    (Bugs.node_shutdowns_are_not_known, World, ends("node shuts down"), "not the true cause"),
+    (Bugs.the_end_is_not_the_end, World, ends("done"), "what was final has changed"),
+    (Bugs.nobody_looks_after_the_backoff, World, ends("crash"), "nothing would ever happen again"),
+    (Bugs.lost_nodes_are_waited_for, World, node_is_lost, "does not settle"),
+    (Bugs.deleted_jobs_are_remembered, DeletionWorld, user_deletes, "remembered of a job that is gone"),
+    (Bugs.pods_have_no_owner, DeletionWorld, started, "nobody collects"),
+    (Bugs.an_old_spec_is_observed, World, spec_changes, "an older spec was observed"),
+    (Bugs.deadlines_are_overlooked, LimitedWorld, it_takes_too_long, "started beyond the deadline"),
+    (Bugs.preflights_are_left_out, PreflightWorld, started, "before its preflight had passed"),
+]
+NAMES = [bug.__name__ for bug, *_ in FOUND]
+
+
+@pytest.mark.parametrize(("bug", "world", "story", "promise"), FOUND, ids=NAMES)
+def test_a_planted_bug_is_seen(
+    bug: Callable[[Bugs], None], world: type[World], story: Story, promise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell(story, world)  # negative control: it is the bug that is seen
+    bug(Bugs(monkeypatch))
+    with pytest.raises(AssertionError, match=promise):
+        tell(story, world)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("bug", "world"), [(bug, world) for bug, world, *_ in FOUND], ids=NAMES)
+def test_chance_finds_it_too(bug: Callable[[Bugs], None], world: type[World], monkeypatch: pytest.MonkeyPatch) -> None:
+    bug(Bugs(monkeypatch))
+    chance = settings(
+        max_examples=2000,
+        stateful_step_count=25,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+    )
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(world, settings=chance)
