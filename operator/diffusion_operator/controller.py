@@ -125,6 +125,7 @@ class Controller:
         """Wait until this is the active one of several operators, and see to it that it stays so."""
         namespace, _, name = self._settings.lease.partition("/")
         if not name:
+            self._metrics.active.set(1)
             return
         claim = Claim(
             namespace=namespace, name=name, identity=self._settings.identity, seconds=self._settings.lease_seconds
@@ -135,11 +136,13 @@ class Controller:
         self._standing_by = True
         await leadership.acquire()
         self._standing_by = False
+        self._metrics.active.set(1)
         self._spawn(self._stay(leadership), name="lease")
 
     async def _stay(self, leadership: Leadership) -> None:
         """Hold the Lease; without it do nothing more, and end the process: what it knows may be out of date."""
         await leadership.hold()
+        self._metrics.active.set(0)
         logger.error("the lease is lost: another operator takes over, and this one ends")
         for task in self._tasks:
             if task is not asyncio.current_task():
@@ -215,7 +218,9 @@ class Controller:
             raise SettingsError(f"{PREFIX}HTTP_PORT: {port} cannot be used: set another one ({error})") from error
 
     async def _answer_metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+        # Beside the work: thousands of jobs have tens of thousands of series.
+        text = await asyncio.to_thread(self._metrics.text)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _answer_ready(self, _request: web.Request) -> web.Response:
         if self._standing_by:

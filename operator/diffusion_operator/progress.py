@@ -25,6 +25,9 @@ TIMEOUT = aiohttp.ClientTimeout(total=5, connect=2)
 class ProgressSource(Protocol):
     """Where reconciles hear of progress."""
 
+    def __len__(self) -> int:
+        """Return how many trainers are asked."""
+
     def follow(self, uid: str, *, address: str, attempt: int) -> None:
         """Ask that trainer from now on, instead of another one of the same job."""
 
@@ -61,6 +64,10 @@ class ProgressPoller:
         self._port = port
         self._followed: dict[str, _Followed] = {}
         self._session: aiohttp.ClientSession | None = None
+
+    def __len__(self) -> int:
+        """Return how many trainers are asked."""
+        return len(self._followed)
 
     def follow(self, uid: str, *, address: str, attempt: int) -> None:
         """Start to ask; harmless where it is asked already."""

@@ -23,6 +23,9 @@ from diffusion_operator.state import Decision, Job
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_WRITES_PER_SECOND = 20
+"""Bound on status writes that only report progress, over all jobs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reconciler:
@@ -57,7 +60,7 @@ class Reconciler:
             settings=self.settings,
             now=now,
         )
-        decision = decide(job, seen, now=now, status_seconds=self.settings.status_seconds)
+        decision = decide(job, seen, now=now, status_seconds=self._status_seconds())
         logger.debug("job %s/%s: %s", job.namespace, job.name, decision.rule)
         try:
             written = await apply(decision, job, knowledge=self.knowledge, cluster=self.cluster)
@@ -72,6 +75,10 @@ class Reconciler:
         self._follow(job, decision)
         await self._tell(uid, now)
         return 0 if decision.create else decision.again_seconds
+
+    def _status_seconds(self) -> float:
+        """Return the least seconds between two writes that only report a job's progress: more where many jobs run."""
+        return max(self.settings.status_seconds, len(self.progress) / PROGRESS_WRITES_PER_SECOND)
 
     async def _leave_queue(self, uid: str, now: datetime) -> None:
         """Give back the place of a job that is gone: garbage collection waits for Kueue, which waits for new pods."""
@@ -118,10 +125,7 @@ class Reconciler:
         """Log and count what the written status says that the one before did not."""
         if status.phase != job.status.phase:
             logger.info("job %s/%s: %s: %s", job.namespace, job.name, status.phase, status.message)
-        before = {attempt.number for attempt in job.status.attempts if attempt.ended_at}
-        for attempt in status.attempts:
-            if attempt.ended_at and attempt.number not in before and attempt.number >= job.status.attempt:
-                self.metrics.attempts.labels(cause=attempt.cause or "Unknown").inc()
+        self.metrics.note(job, status)
 
     def _bury(self, job: Job) -> None:
         """Forget gone pods of attempts whose end has been judged and written down."""

@@ -237,6 +237,9 @@ class SilentProgress:
     said: dict[str, Heard] = field(default_factory=dict)
     followed: dict[str, tuple[str, int]] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return len(self.followed)
+
     def follow(self, uid: str, *, address: str, attempt: int) -> None:
         self.followed[uid] = (address, attempt)
 

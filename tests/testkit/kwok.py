@@ -64,11 +64,12 @@ class FakeNodes:
     """The nodes of one API server whose kubelets are played, for as long as the `with` block.
 
     `lease_seconds` is how long a node counts as alive without a sign of life; 0 spares the signs, for a control plane
-    that nobody watches nodes in.
+    that nobody watches nodes in. `pod_addresses` is the range that pods get their addresses from.
     """
 
-    def __init__(self, kube: Kube, *, lease_seconds: int = 0) -> None:
+    def __init__(self, kube: Kube, *, lease_seconds: int = 0, pod_addresses: str = "10.0.0.1/24") -> None:
         self._kube = kube
+        self._pod_addresses = pod_addresses
         self._lease_seconds = lease_seconds
         self._folder: Path | None = None
         self._process: ServerProcess | None = None
@@ -85,6 +86,7 @@ class FakeNodes:
             "manage-nodes-with-label-selector": f"{MARK}=true",
             "node-lease-duration-seconds": self._lease_seconds,
             "node-ip": "10.0.0.1",
+            "cidr": self._pod_addresses,
         }
         # Its home must not matter: there it looks for a configuration of the user's.
         self._process = ServerProcess([program, *flags(options)], log=folder / "kwok.log", env={"HOME": str(folder)})

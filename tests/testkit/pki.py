@@ -12,7 +12,7 @@ from pathlib import Path
 
 # Elliptic curves: a key takes milliseconds, an RSA key a noticeable part of a second.
 _NEW_KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-_DAYS = "30"
+_DAYS = "365"  # some controllers replace what ends within a few months
 
 
 class PkiError(RuntimeError):
@@ -30,15 +30,20 @@ class KeyPair:
 class Authority:
     """A certificate authority in a folder of its own; made when the folder is empty, used again when it is not."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, names: Sequence[str] = (), rsa: bool = False) -> None:
+        """`names` are its own, like `DNS:x`, and `rsa` is for those who can read no other key."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.root = KeyPair(certificate=folder / "ca.crt", key=folder / "ca.key")
         if not self.root.certificate.exists():
+            named = ["-addext", f"subjectAltName={','.join(names)}"] if names else []
+            new = ["-newkey", "rsa:2048", "-nodes"] if rsa else _NEW_KEY
             _openssl(
-                *["req", "-x509", *_NEW_KEY, "-days", _DAYS, "-subj", "/CN=testkit"],
+                *["req", "-x509", *new, "-days", _DAYS, "-subj", "/CN=testkit", *named],
                 *["-keyout", str(self.root.key), "-out", str(self.root.certificate)],
             )
+            if rsa:
+                _openssl("rsa", "-traditional", "-in", str(self.root.key), "-out", str(self.root.key))
 
     def issue(self, name: str, *, subject: str, names: Sequence[str] = ()) -> KeyPair:
         """Issue a certificate. `subject` is like `/O=system:masters/CN=admin`; `names` like `IP:127.0.0.1`, `DNS:x`."""

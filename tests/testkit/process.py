@@ -49,6 +49,11 @@ class ServerProcess:
             )
 
     @property
+    def pid(self) -> int:
+        """The id of the shell that guards it, whose child it is."""
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Whether it has not ended."""
         return self._process.poll() is None

@@ -104,6 +104,9 @@ _KUEUE = Module(
     ldflags="-s -w -X sigs.k8s.io/kueue/pkg/version.GitVersion={version}",
 )
 _KWOK = Module(folder="kwok", source="sigs.k8s.io/kwok")
+# The peers that bench/operator measures beside us: Trainer, and the JobSet that it builds on.
+_KUBEFLOW = Module(folder="kubeflow", source="github.com/kubeflow/trainer/v2")
+_JOBSET = "sigs.k8s.io/jobset"
 _CNI = "github.com/containernetworking/plugins"
 
 
@@ -125,6 +128,8 @@ def _catalog() -> Mapping[str, Tool]:
         Tool(name="versitygw", module=_VERSITYGW, package=f"{_VERSITYGW.source}/cmd/versitygw"),
         Tool(name="kueue", module=_KUEUE, package=f"{_KUEUE.source}/cmd/kueue"),
         Tool(name="kwok", module=_KWOK, package=f"{_KWOK.source}/cmd/kwok"),
+        Tool(name="trainer", module=_KUBEFLOW, package=f"{_KUBEFLOW.source}/cmd/trainer-controller-manager"),
+        Tool(name="jobset", module=_KUBEFLOW, package=_JOBSET, source=_JOBSET),
     ]
     return {tool.name: tool for tool in tools}
 

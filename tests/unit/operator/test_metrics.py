@@ -1,8 +1,11 @@
 """Metrics: names and labels are an interface, and series of a job end with it."""
 
+import itertools
+
 import pytest
 
 from diffusion_operator.metrics import Metrics
+from diffusion_operator.state import Job
 from testkit.builders import Object, at, make_checkpoint, make_job, make_progress
 
 
@@ -13,8 +16,18 @@ def jobs() -> list[Object]:
         "counters": {"restarts": 2},
         "progress": make_progress(500).to_json_object(),
         "checkpoint": {"latest": make_checkpoint(400, time=at()).to_json_object()},
+        "startTime": at(),
+        "gpus": 4,
+        "accounting": {"gpuSeconds": 360.5, "lostGpuSeconds": 12.5, "goodput": 0.9},
     }
-    return [make_job(status=status), make_job(name="dogs", uid="2")]
+    metadata = {"creationTimestamp": at(-10), "labels": {"kueue.x-k8s.io/queue-name": "gold"}}
+    pending = {"cause": "NodeFull", "detail": "", "hint": "", "since": at(5)}
+    dogs = make_job(name="dogs", uid="2", status={"phase": "Scheduling", "pending": pending})
+    return [
+        make_job(status=status, metadata=metadata, model={"family": "SD1"}, resources={"profile": "a100"}),
+        dogs,
+        make_job(name="eels", uid="3"),
+    ]
 
 
 def text(jobs: list[Object]) -> str:
@@ -29,8 +42,8 @@ def text(jobs: list[Object]) -> str:
     "line",
     [
         'diffusion_operator_build_info{version="1.2.3"} 1.0',
-        'diffusion_operator_jobs{phase="Pending"} 1.0',
-        'diffusion_operator_jobs{phase="Running"} 1.0',
+        'diffusion_operator_jobs{namespace="team-a",phase="Pending"} 1.0',
+        'diffusion_operator_jobs{namespace="team-a",phase="Running"} 1.0',
         'diffusion_operator_attempts_ended_total{cause="Preempted"} 1.0',
         'diffusion_operator_reconcile_errors_total{error="UnavailableError"} 1.0',
         'diffusion_operator_api_requests_total{method="GET",status="200"} 1.0',
@@ -39,6 +52,17 @@ def text(jobs: list[Object]) -> str:
         'diffusion_job_progress_ratio{name="cats",namespace="team-a"} 0.25',
         'diffusion_job_restarts{name="cats",namespace="team-a"} 2.0',
         'diffusion_job_last_checkpoint_timestamp_seconds{name="cats",namespace="team-a"} 1.767323045e+09',
+        'diffusion_job_last_progress_timestamp_seconds{name="cats",namespace="team-a"} 1.767323045e+09',
+        'diffusion_job_start_timestamp_seconds{name="cats",namespace="team-a"} 1.767323045e+09',
+        'diffusion_job_created_timestamp_seconds{name="cats",namespace="team-a"} 1.767323035e+09',
+        'diffusion_job_info{family="SD1",method="LoRA",name="cats",namespace="team-a",profile="a100",queue="gold"} 1.0',
+        'diffusion_job_gpus{name="cats",namespace="team-a"} 4.0',
+        'diffusion_job_gpu_seconds{name="cats",namespace="team-a"} 360.5',
+        'diffusion_job_lost_gpu_seconds{name="cats",namespace="team-a"} 12.5',
+        'diffusion_job_goodput_ratio{name="cats",namespace="team-a"} 0.9',
+        'diffusion_job_pending_since_timestamp_seconds{cause="NodeFull",name="dogs",namespace="team-a"} 1.76732305e+09',
+        'diffusion_job_phase{name="dogs",namespace="team-a",phase="Scheduling"} 1.0',
+        "diffusion_operator_active 0.0",
     ],
 )
 def test_lines(jobs: list[Object], line: str) -> None:
@@ -52,3 +76,41 @@ def test_series_of_a_job_end_with_it(jobs: list[Object]) -> None:
 
 def test_a_job_without_progress_has_no_ratio(jobs: list[Object]) -> None:
     assert 'diffusion_job_progress_ratio{name="dogs"' not in text(jobs)
+    assert 'diffusion_job_pending_since_timestamp_seconds{cause="",name="eels"' not in text(jobs)
+
+
+def test_what_a_written_status_says_is_counted_once() -> None:
+    metrics = Metrics(version="1", jobs=list, depth=lambda: 0)
+
+    def status(phase: str, seconds: float, **conditions: float) -> Object:
+        attempt: Object = {"number": 1, "startedAt": at(10)}
+        if phase == "Complete":
+            attempt |= {"endedAt": at(3700), "cause": "Completed"}
+        return {
+            "phase": phase,
+            "startTime": at(),
+            "attempt": 1,
+            "attempts": [attempt],
+            "accounting": {"gpuSeconds": seconds},
+            "conditions": [
+                {"type": name, "status": "True", "reason": "R", "message": "", "lastTransitionTime": at(when)}
+                for name, when in conditions.items()
+            ],
+        }
+
+    steps = [
+        status("Scheduling", 0),
+        status("Running", 100, PodsReady=52),
+        status("Running", 300, PodsReady=52),
+        status("Complete", 3650, Complete=3700),
+        status("Complete", 3650, Complete=3700),
+    ]
+    for before, after in itertools.pairwise(steps):
+        metrics.note(Job.read(make_job(status=before)), Job.read(make_job(status=after)).status)
+    lines = metrics.text().decode().splitlines()
+    assert 'diffusion_operator_gpu_seconds_total{namespace="team-a",profile="a100-80gb"} 3650.0' in lines
+    assert 'diffusion_operator_attempt_start_seconds_sum{profile="a100-80gb"} 42.0' in lines
+    assert 'diffusion_operator_attempt_start_seconds_count{profile="a100-80gb"} 1.0' in lines
+    assert 'diffusion_operator_job_duration_seconds_sum{result="Complete"} 3700.0' in lines
+    assert 'diffusion_operator_job_duration_seconds_count{result="Complete"} 1.0' in lines
+    assert 'diffusion_operator_attempts_ended_total{cause="Completed"} 1.0' in lines
