@@ -13,7 +13,7 @@ from diffusion_api.method import LoRA
 from diffusion_trainer import tensorfile
 from diffusion_trainer.export.adapter_names import modules
 from diffusion_trainer.export.components import by_component, denoiser_folder
-from diffusion_trainer.methods.lora import clip_targets
+from diffusion_trainer.methods.lora import MAGNITUDE, clip_targets
 from diffusion_trainer.models.base import Family
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -31,7 +31,7 @@ def export_diffusers(weights: Mapping[str, Tensor], family: Family, spec: Traine
     adapter: dict[str, object] = {}
     for component, adapters in by_component(weights, family).items():
         modules(adapters)
-        tensors |= {f"{component}.{name}": tensor for name, tensor in adapters.items()}
+        tensors |= {f"{component}.{_as_read(name)}": tensor for name, tensor in adapters.items()}
         is_denoiser = component == denoiser_folder(family)
         adapter |= {
             f"{component}.peft_type": "LORA",
@@ -50,3 +50,8 @@ def export_diffusers(weights: Mapping[str, Tensor], family: Family, spec: Traine
     path = folder / FILE
     tensorfile.write(path, tensors, metadata)
     return [path]
+
+
+def _as_read(name: str) -> str:
+    """Return the name that both PEFT and transformers, which loads text encoders' adapters, take for a magnitude."""
+    return f"{name}.weight" if name.endswith(MAGNITUDE) else name

@@ -1,0 +1,57 @@
+"""The examples run: each with a tiny model and a few images in place of what it names, for two steps."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffusion_api.validate import parse
+from diffusion_trainer.output import CARD
+from testkit.attempts import TrainerJob
+from testkit.tiny import make_image_folder, make_tiny_sd1
+from testkit.warm import WarmTrainers
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "methods").glob("*.yaml"))
+ALWAYS = "lora"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    make_tiny_sd1(root / "model")
+    make_image_folder(root / "data", 5)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    with WarmTrainers() as started:
+        yield started
+
+
+def made_tiny(spec, inputs, destination):
+    """Return an example's spec with its inputs, its size and its length changed, and nothing else."""
+    spec["model"]["source"] = f"file://{inputs}/model"
+    spec["dataset"] |= {"source": f"file://{inputs}/data", "resolution": 64, "filters": {"minSide": 32}}
+    spec["training"] |= {"maxSteps": 2, "batchSize": 2}
+    spec["validation"] |= {"everySteps": 2, "prompts": [p | {"steps": 2} for p in spec["validation"]["prompts"]]}
+    spec["output"]["destination"] = f"file://{destination}"
+    return spec
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem == ALWAYS else pytest.mark.nightly, id=p.stem) for p in EXAMPLES],
+)
+def test_an_example_runs(path, inputs, trainers, tmp_path):
+    example = yaml.safe_load(path.read_text())
+    formats = example["spec"]["output"]["formats"]
+    spec = parse(example).trainer_part().model_dump(mode="json", by_alias=True, exclude_unset=True)
+    job = TrainerJob(tmp_path, inputs, trainers)
+    made = made_tiny(spec, inputs, job.output)
+    job.overrides = {section: made.get(section) for section in job.spec()} | made
+    job.finish()
+    folders = {"Diffusers": "diffusers", "Kohya": "kohya", "SingleFile": "single-file"}
+    for name in formats:
+        assert list((job.output / folders[name]).glob("**/*.safetensors")), name
+    assert path.stem == "unconditional" or "from_pretrained" in (job.output / CARD).read_text()
