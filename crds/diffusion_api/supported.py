@@ -23,7 +23,6 @@ class Limit:
 
 LIMITS = (
     Limit("method", ("LoRA", "FineTune", "FromScratch", "TextualInversion")),
-    Limit("model.family", ("Auto", "SD1")),
     Limit("model.revision", (None,)),
     Limit("model.vae", (None,)),
     Limit("dataset.format", ("Auto", "ImageFolder", "Sidecar")),
@@ -36,9 +35,6 @@ LIMITS = (
     Limit("training.attention", ("Auto", "SDPA")),
     Limit("training.compile", ("Auto", "Never")),
     Limit("training.ema.enabled", (False,)),
-    Limit("training.objective.predictionType", ("Auto", "Epsilon")),
-    Limit("training.objective.timestepSampling", ("Auto", "Uniform")),
-    Limit("training.objective.shift", (None,)),
     Limit("validation.earlyStopping", (None,)),
     Limit("output.hub", (None,)),
     Limit("notifications", ([],)),

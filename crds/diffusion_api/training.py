@@ -134,7 +134,7 @@ class Objective(ApiModel):
     timestep_sampling: Literal["Auto", "Uniform", "LogitNormal"] = "Auto"
     """How timesteps are drawn; Auto is Uniform for Epsilon, VPrediction and Sample, LogitNormal for Flow."""
     shift: Annotated[float, Field(gt=0, le=100)] | None = None
-    """Timestep shift of Flow models."""
+    """Timestep shift of Flow models; null is the model's own. Above 1, more of the training is at high noise."""
 
 
 class MethodDefaults(ApiModel):

@@ -59,28 +59,16 @@ def make_tiny_sd1(folder: Path, *, seed: int = 0, unet: Mapping[str, Any] | None
     """
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    end = len(_vocabulary()) - 1
-    text = CLIPTextConfig(
-        vocab_size=len(_vocabulary()),
-        hidden_size=_TEXT_WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        projection_dim=_TEXT_WIDTH,
-        bos_token_id=end - 1,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
+    text = text_config(_TEXT_WIDTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         UNet2DConditionModel(**UNET | dict(unet or {})).save_pretrained(folder / "unet", safe_serialization=True)
         AutoencoderKL(**VAE).save_pretrained(folder / "vae", safe_serialization=True)
         CLIPTextModel(text).save_pretrained(folder / "text_encoder", safe_serialization=True)
     PNDMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
-    _write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.6.0",
@@ -96,7 +84,27 @@ def make_tiny_sd1(folder: Path, *, seed: int = 0, unet: Mapping[str, Any] | None
     return folder
 
 
-def _vocabulary() -> dict[str, int]:
+def text_config(width: int, **changes: Any) -> Any:
+    """Return the configuration of a CLIP text encoder with the vocabulary of `write_tokenizer`."""
+    from transformers import CLIPTextConfig
+
+    end = len(vocabulary()) - 1
+    fields = {
+        "vocab_size": len(vocabulary()),
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
+        "projection_dim": width,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    return CLIPTextConfig(**fields | changes)
+
+
+def vocabulary() -> dict[str, int]:
     """Return the byte-level vocabulary of CLIP without its merges: every byte, inside and at the end of a word."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -105,11 +113,12 @@ def _vocabulary() -> dict[str, int]:
     return {word: number for number, word in enumerate(words)}
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, *, pad: str = _END) -> None:
+    """Write the files of a byte-level tokenizer; OpenCLIP's pads with "!"."""
     folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps(_vocabulary()))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary()))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": _START, "eos_token": _END, "pad_token": _END, "unk_token": _END}
+    special = {"bos_token": _START, "eos_token": _END, "pad_token": pad, "unk_token": _END}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

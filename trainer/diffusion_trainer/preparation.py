@@ -17,7 +17,7 @@ from diffusion_api.run import RunConfig
 from diffusion_trainer import cache, data, methods, models, optim
 from diffusion_trainer.data import Batch, DatasetLock, Plan, Share
 from diffusion_trainer.device import Device, micro_batch_size, open_device
-from diffusion_trainer.errors import NotFound, PreconditionFailed
+from diffusion_trainer.errors import BadConfig, NotFound, PreconditionFailed
 from diffusion_trainer.methods import Attached
 from diffusion_trainer.models import Family
 from diffusion_trainer.objective import Objective, objective_of
@@ -77,6 +77,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         folder = models.fetch_model(stores.model, work, report=report)
     report("loading the model")
     family = models.open_model(folder, spec, device=device.torch, dtype=device.dtype)
+    check_sizes(lock, family)
     attached = methods.attach(family, spec, seed=seed)
     variants = spec.dataset.augmentation.variants_per_image
     captions = data.CaptionVariants(spec.dataset.captions, variants=variants, seed=seed)
@@ -132,6 +133,17 @@ def narrator(board: Board, *, monotonic: Callable[[], float] = time.monotonic) -
             LOG.info(detail)
 
     return report
+
+
+def check_sizes(lock: DatasetLock, family: Family) -> None:
+    """Refuse shapes that the model cannot take. Raises `BadConfig`."""
+    multiple = family.size_multiple
+    for width, height in sorted({image.bucket for image in lock.images}):
+        if width % multiple or height % multiple:
+            raise BadConfig(
+                f"dataset.resolution and dataset.buckets.step make images of {width} x {height}, but this "
+                f"{family.name} takes multiples of {multiple} only; use such a resolution and step"
+            )
 
 
 def open_dataset(spec: TrainerSpec, stores: Stores, *, work: Path, report: Callable[[str], None]) -> DatasetLock:

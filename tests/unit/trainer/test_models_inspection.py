@@ -8,7 +8,7 @@ import torch
 from diffusion_api.job import TrainerSpec
 from diffusion_trainer.errors import BadData, InputMissing
 from diffusion_trainer.models import fetch_model, open_model
-from diffusion_trainer.models.inspection import SD1, check_files, family_of
+from diffusion_trainer.models.inspection import TRAINABLE, check_files, family_of
 from diffusion_trainer.objectstore import open_store
 
 INDEX = {
@@ -62,7 +62,7 @@ def opened(folder, **model):
 
 def test_a_clean_model_passes(folder):
     assert family_of(folder) == "SD1"
-    assert sorted(check_files(folder, SD1)) == [name for name in FILES if name.endswith(".safetensors")]
+    assert sorted(check_files(folder, TRAINABLE["SD1"])) == [name for name in FILES if name.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize(
@@ -132,19 +132,84 @@ def test_a_missing_component_is_named(folder, entry):
 
 @pytest.mark.parametrize(
     ("pipeline", "family"),
-    [("StableDiffusionXLPipeline", "SDXL"), ("StableDiffusion3Pipeline", "SD3"), ("DDPMPipeline", "UNet2D")],
+    [
+        ("StableDiffusionXLPipeline", "SDXL"),
+        ("StableDiffusion3Pipeline", "SD3"),
+        ("DDPMPipeline", "UNet2D"),
+        ("DDIMPipeline", "UNet2D"),
+    ],
 )
-def test_families_that_cannot_be_trained_are_named(folder, pipeline, family):
+def test_the_pipeline_says_which_family_it_is(folder, pipeline, family):
     write(folder / "model_index.json", INDEX | {"_class_name": pipeline})
-    with pytest.raises(BadData, match=f"is {family}, which cannot be trained yet"):
-        opened(folder)
+    assert family_of(folder) == family
 
 
-def test_sd2_is_told_from_sd1_by_its_width(folder):
-    write(folder / "unet/config.json", FILES["unet/config.json"] | {"cross_attention_dim": 1024})
+@pytest.mark.parametrize("sign", [{"cross_attention_dim": 1024}, {"use_linear_projection": True}])
+def test_sd2_is_told_from_sd1_by_its_unet(folder, sign):
+    write(folder / "unet/config.json", FILES["unet/config.json"] | sign)
     assert family_of(folder) == "SD2"
     with pytest.raises(BadData, match=r"family is SD1, but .* is SD2; use Auto"):
         opened(folder, family="SD1")
+
+
+def test_every_family_has_a_denoiser_and_a_scheduler():
+    for family, components in TRAINABLE.items():
+        assert {"unet", "transformer"} & components.keys(), family
+        assert {"scheduler"} <= components.keys()
+        texts = {name for name in components if name.startswith("text_encoder")}
+        assert {name.replace("text_encoder", "tokenizer") for name in texts} <= components.keys()
+
+
+# --- shards: what does not fit into one file -----------------------------------------------------------------------
+
+SHARDS = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+SHARD_INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(folder):
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    names = [name.removeprefix("unet/") for name in SHARDS]
+    write(folder / SHARD_INDEX, {"weight_map": {"a": names[0], "b": names[1], "c": names[1]}})
+    for name in SHARDS:
+        write(folder / name, None)
+    return folder
+
+
+def test_shards_are_weights(sharded):
+    found = check_files(sharded, TRAINABLE["SD1"])
+    assert set(SHARDS) < found.keys()
+    assert all(path == sharded / name for name, path in found.items())
+    assert len(found) == 4
+
+
+def test_shards_are_fetched_unless_the_whole_file_is_there(sharded, tmp_path):
+    copy = fetch_model(open_store(sharded.as_uri()), tmp_path / "work", report=lambda _: None)
+    assert all((copy / name).is_file() for name in (*SHARDS, SHARD_INDEX))
+    write(sharded / "unet/diffusion_pytorch_model.safetensors", None)
+    copy = fetch_model(open_store(sharded.as_uri()), tmp_path / "again", report=lambda _: None)
+    assert not any((copy / name).is_file() for name in SHARDS)
+    assert (copy / "unet/diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "model.bin", "x-00001-of-00002.safetensors", 7])
+def test_an_index_of_shards_leads_nowhere_else(sharded, name):
+    write(sharded / SHARD_INDEX, {"weight_map": {"a": name}})
+    with pytest.raises(BadData, match=r"allowed are files such as diffusion_pytorch_model-00001-of-00002.safetensors"):
+        opened(sharded)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}])
+def test_an_index_without_shards_is_refused(sharded, content):
+    write(sharded / SHARD_INDEX, content)
+    with pytest.raises(BadData, match="names 'no file'"):
+        opened(sharded)
+
+
+def test_a_missing_shard_is_named(sharded):
+    (sharded / SHARDS[1]).unlink()
+    with pytest.raises(InputMissing, match=f"{SHARDS[1]} is missing, which .*index.json names"):
+        opened(sharded)
 
 
 def test_an_unknown_pipeline_is_refused(folder):

@@ -56,6 +56,11 @@ class Family(Protocol):
         ...
 
     @property
+    def size_multiple(self) -> int:
+        """Return what width and height of an image, in pixels, have to be multiples of."""
+        ...
+
+    @property
     def latent_channels(self) -> int:
         """Return the channels of the latents, C."""
         ...

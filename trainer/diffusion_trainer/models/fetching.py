@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from diffusion_trainer.errors import BadData, InputMissing
-from diffusion_trainer.models.inspection import INDEX, SD1, Component
+from diffusion_trainer.models.inspection import INDEX, TRAINABLE, Component, is_shard
 from diffusion_trainer.objectstore import ObjectStore
 from diffusion_trainer.objectstore.parallel import in_parallel
 
@@ -51,13 +51,28 @@ def wanted_files(source: ObjectStore) -> dict[str, int]:
     code = next((key for key in found if key.endswith((".py", ".pyc", ".so"))), None)
     if code:
         raise BadData(f"model.source {source.uri}{code} is code, and code of models is never run; remove it")
-    return {key: size for key, size in found.items() if _wanted(key, SD1)}
+    whole = {key for key in found if key.endswith(".safetensors")}
+    return {key: size for key, size in found.items() if key == INDEX or _wanted(key, whole)}
 
 
-def _wanted(key: str, components: dict[str, Component]) -> bool:
-    """Return whether loading may read it: not .bin files, fp16 variants, safety checkers and pictures."""
-    if key == INDEX:
-        return True
+def _wanted(key: str, there: Collection[str]) -> bool:
+    """Return whether loading may read it: not .bin files, fp16 variants, safety checkers and pictures.
+
+    Which family it is says a file that has to be fetched first, so that the components of all of them count. Shards do
+    not when the whole file is `there`.
+    """
     name, _, file = key.partition("/")
-    component = components.get(name)
-    return component is not None and (file == component.weights or ("/" not in file and file.endswith(_SMALL_SUFFIXES)))
+    components = [one[name] for one in TRAINABLE.values() if name in one]
+    if not components or "/" in file:
+        return False
+    if file.endswith(_SMALL_SUFFIXES):
+        return True
+    return any(_holds_weights(name, file, component, there) for component in components)
+
+
+def _holds_weights(name: str, file: str, component: Component, there: Collection[str]) -> bool:
+    if not component.weights:
+        return False
+    return file == component.weights or (
+        is_shard(file, component.weights) and f"{name}/{component.weights}" not in there
+    )

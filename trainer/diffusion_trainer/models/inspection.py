@@ -7,6 +7,7 @@ those strings are compared with a list first, whatever safeguards the libraries 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _PIPELINES: dict[str, FamilyName] = {
     "DDIMPipeline": "UNet2D",
 }
 _SD2_TEXT_WIDTH = 1024
+_INDEX_SUFFIX = ".index.json"
 _SCHEDULERS = frozenset(
     {
         "DDIMScheduler",
@@ -55,15 +57,50 @@ class Component:
     weights: str = ""
 
 
-SD1 = {
-    "unet": Component(frozenset({"UNet2DConditionModel"}), "config.json", "diffusion_pytorch_model.safetensors"),
-    "vae": Component(frozenset({"AutoencoderKL"}), "config.json", "diffusion_pytorch_model.safetensors"),
-    "text_encoder": Component(frozenset({"CLIPTextModel"}), "config.json", "model.safetensors"),
-    "tokenizer": Component(frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}), "tokenizer_config.json"),
+_FLOW_SCHEDULERS = frozenset({"FlowMatchEulerDiscreteScheduler"})
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+
+def _network(kind: str, weights: str = _DIFFUSERS) -> Component:
+    return Component(frozenset({kind}), "config.json", weights)
+
+
+def _tokenizer(kind: str) -> Component:
+    return Component(frozenset({kind, f"{kind}Fast"}), "tokenizer_config.json")
+
+
+_SD1 = {
+    "unet": _network("UNet2DConditionModel"),
+    "vae": _network("AutoencoderKL"),
+    "text_encoder": _network("CLIPTextModel", _TRANSFORMERS),
+    "tokenizer": _tokenizer("CLIPTokenizer"),
     "scheduler": Component(_SCHEDULERS, "scheduler_config.json"),
 }
-TRAINABLE = {"SD1": SD1}
-"""Components of each family that can be trained."""
+_SDXL = {
+    **_SD1,
+    "text_encoder_2": _network("CLIPTextModelWithProjection", _TRANSFORMERS),
+    "tokenizer_2": _tokenizer("CLIPTokenizer"),
+}
+_SD3 = {
+    "transformer": _network("SD3Transformer2DModel"),
+    "vae": _network("AutoencoderKL"),
+    "text_encoder": _network("CLIPTextModelWithProjection", _TRANSFORMERS),
+    "text_encoder_2": _network("CLIPTextModelWithProjection", _TRANSFORMERS),
+    "text_encoder_3": _network("T5EncoderModel", _TRANSFORMERS),
+    "tokenizer": _tokenizer("CLIPTokenizer"),
+    "tokenizer_2": _tokenizer("CLIPTokenizer"),
+    "tokenizer_3": _tokenizer("T5Tokenizer"),
+    "scheduler": Component(_FLOW_SCHEDULERS, "scheduler_config.json"),
+}
+_UNET2D = {"unet": _network("UNet2DModel"), "scheduler": Component(_SCHEDULERS, "scheduler_config.json")}
+TRAINABLE: dict[FamilyName, dict[str, Component]] = {
+    "SD1": _SD1,
+    "SD2": _SD1,
+    "SDXL": _SDXL,
+    "SD3": _SD3,
+    "UNet2D": _UNET2D,
+}
+"""Components of each family."""
 
 
 def family_of(folder: Path) -> FamilyName:
@@ -82,21 +119,19 @@ def family_of(folder: Path) -> FamilyName:
             f"text-to-image model of one of {', '.join(sorted(_PIPELINES))}"
         )
     family = _PIPELINES[found]
-    if family == "SD1" and read_json(folder / "unet" / "config.json").get("cross_attention_dim") == _SD2_TEXT_WIDTH:
-        return "SD2"
-    return family
+    return "SD2" if family == "SD1" and _is_sd2(read_json(folder / "unet" / "config.json")) else family
+
+
+def _is_sd2(unet: Mapping[str, Any]) -> bool:
+    """Return whether a UNet is SD2's: text of OpenCLIP's width, and linear projections around attention."""
+    return unet.get("cross_attention_dim") == _SD2_TEXT_WIDTH or unet.get("use_linear_projection") is True
 
 
 def trainable_family(folder: Path, model: Model) -> FamilyName:
-    """Return the family of a model. Raises `BadData` when it is not the one asked for, or cannot be trained yet."""
+    """Return the family of a model. Raises `BadData` when it is not the one asked for."""
     found = family_of(folder)
     if model.family not in {"Auto", found}:
         raise BadData(f"model.family is {model.family}, but {model.source} is {found}; use Auto, or another model")
-    if found not in TRAINABLE:
-        raise BadData(
-            f"model.source {model.source} is {found}, which cannot be trained yet; use a model of "
-            f"{' or '.join(TRAINABLE)}"
-        )
     return found
 
 
@@ -118,14 +153,13 @@ def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, 
         if path.suffix in {".py", ".pyc", ".so"}:
             raise BadData(f"model: {path.relative_to(folder)} is code, and code of models is never run; remove it")
     index = read_json(folder / INDEX)
-    weights = {}
+    weights: dict[str, Path] = {}
     for name, component in components.items():
         _check_entry(name, component, index)
         config = folder / name / component.config
         _check_config(name, component, read_json(config), str(config.relative_to(folder)))
         if component.weights:
-            relative = f"{name}/{component.weights}"
-            weights[relative] = _weights(folder, relative)
+            weights |= _weights(folder, f"{name}/{component.weights}")
     for path in sorted(folder.rglob("*.json")):  # tokenizer.json, added_tokens.json, ... are read by libraries as well
         if path.relative_to(folder).parts[0] in {INDEX, *components}:
             _refuse_forbidden(read_any_json(path), str(path.relative_to(folder)))
@@ -179,10 +213,13 @@ def _keys(content: object) -> Iterator[str]:
             waiting += value
 
 
-def _weights(folder: Path, relative: str) -> Path:
-    path = folder / relative
+def _weights(folder: Path, relative: str) -> dict[str, Path]:
+    """Return one file, or the shards of an index beside its place."""
+    path, index = folder / relative, folder / f"{relative}{_INDEX_SUFFIX}"
     if path.is_file():
-        return path
+        return {relative: path}
+    if index.is_file():
+        return _shards(index, stem=path.stem)
     others = sorted(p.name for p in path.parent.glob("*") if p.suffix in {".bin", ".ckpt", ".pt", ".safetensors"})
     there = f" (there is {', '.join(others)})" if others else ""
     raise InputMissing(
@@ -190,6 +227,28 @@ def _weights(folder: Path, relative: str) -> Path:
         "name are loaded, because pickles run code: convert the model with "
         "`save_pretrained(..., safe_serialization=True)`"
     )
+
+
+def _shards(index: Path, *, stem: str) -> dict[str, Path]:
+    """Return the files that an index names. A name could lead out of the folder, so only shards' names may be there."""
+    places = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    wrong = next((name for name in names if not is_shard(name, f"{stem}.safetensors")), None)
+    if wrong is not None or not names:
+        raise BadData(
+            f"model: {index.parent.name}/{index.name} names {wrong or 'no file'!r}; allowed are files such as "
+            f"{stem}-00001-of-00002.safetensors: replace it by the original file"
+        )
+    missing = next((name for name in names if not (index.parent / name).is_file()), None)
+    if missing is not None:
+        raise InputMissing(f"model: {index.parent.name}/{missing} is missing, which {index.name} names; add it")
+    return {f"{index.parent.name}/{name}": index.parent / name for name in names}
+
+
+def is_shard(name: str, weights: str) -> bool:
+    """Return whether a file name is that of a part of a weight file."""
+    stem = re.escape(weights.removesuffix(".safetensors"))
+    return re.fullmatch(stem + r"-\d{5}-of-\d{5}\.safetensors", name) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 
 from diffusion_trainer.errors import BadData
 from diffusion_trainer.models.inspection import read_json
-from diffusion_trainer.objective import DiscreteProcess, Prediction
+from diffusion_trainer.objective import DiscreteProcess, FlowProcess, Prediction
 
 TIMESTEPS = 1000
+_MOST_SHIFT = 100
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "Epsilon", "v_prediction": "VPrediction", "sample": "Sample"}
 # What of a noise scheduler's configuration decides the forward process; the rest is about sampling.
 _FORWARD_PROCESS = (
@@ -82,6 +83,19 @@ def load_discrete_process(folder: Path) -> DiscreteProcess:
     except (ValueError, TypeError, NotImplementedError) as error:
         raise BadData(f"model: scheduler/scheduler_config.json cannot be used ({error}); replace it") from error
     return DiscreteProcess(scheduler.alphas_cumprod, _PREDICTIONS[prediction], config)
+
+
+def load_flow_process(folder: Path) -> FlowProcess:
+    """Return the flow that a scheduler's configuration describes."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    shift, steps = config.get("shift", 1.0), config.get("num_train_timesteps", TIMESTEPS)
+    dynamic = config.get("use_dynamic_shifting", False)
+    if steps != TIMESTEPS or dynamic or not isinstance(shift, int | float) or not 0 < shift <= _MOST_SHIFT:
+        raise BadData(
+            f"model: scheduler/scheduler_config.json has num_train_timesteps {steps}, shift {shift} and "
+            f"use_dynamic_shifting {dynamic}; allowed are {TIMESTEPS}, up to {_MOST_SHIFT} and false"
+        )
+    return FlowProcess(float(shift), config)
 
 
 def release(encoder: Any) -> None:

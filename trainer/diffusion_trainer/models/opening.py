@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -11,12 +13,20 @@ from diffusion_trainer.models.base import Family
 from diffusion_trainer.models.inspection import check_fit, trainable_family
 from diffusion_trainer.objective import process_as_asked
 
+_FAMILIES = {
+    "SD1": ("sd1", "StableDiffusion1"),
+    "SD2": ("sd2", "StableDiffusion2"),
+    "SDXL": ("sdxl", "StableDiffusionXL"),
+    "SD3": ("sd3", "StableDiffusion3"),
+    "UNet2D": ("unet2d", "UnconditionalUNet"),
+}
+
 
 def open_model(folder: Path, spec: TrainerSpec, *, device: torch.device | str, dtype: torch.dtype) -> Family:
     """Load a model from a local folder in diffusers layout. Nothing is fetched from anywhere.
 
     The folder is checked before anything is loaded. `dtype` is that of the forward pass and of a denoiser that stays
-    frozen; one whose weights are trained is loaded in fp32. Encoders are always fp32.
+    frozen; one whose weights are trained is loaded in fp32. Encoders are always fp32, T5 apart, which is in `dtype`.
 
     Raises:
         InputMissing: a file or component is missing.
@@ -24,12 +34,12 @@ def open_model(folder: Path, spec: TrainerSpec, *, device: torch.device | str, d
         BadConfig: the spec asks for an objective that is not defined for the model.
 
     """
-    check_fit(trainable_family(folder, spec.model), spec)
+    found = trainable_family(folder, spec.model)
+    check_fit(found, spec)
     # Here, because importing diffusers takes seconds and a refusal needs none of it.
-    from diffusion_trainer.models.sd1 import open_sd1
-
+    room, kind = _FAMILIES[found]
+    family: Any = getattr(import_module(f"diffusion_trainer.models.{room}"), kind)
     weights_dtype = torch.float32 if spec.trains == "Weights" else dtype  # trained weights are never rounded
-    family = open_sd1(folder, device=torch.device(device), dtype=weights_dtype)
-    family.dtype = dtype
-    family.process = process_as_asked(family.process, spec.training.objective)
-    return family
+    opened = family.open(folder, device=torch.device(device), dtype=dtype, weights_dtype=weights_dtype)
+    opened.process = process_as_asked(opened.process, spec.training.objective)
+    return cast("Family", opened)

@@ -1,0 +1,382 @@
+"""Every family says to its networks what diffusers' own pipeline says to them, and draws the same pictures.
+
+The independent reading of each folder is the pipeline; numbers that papers and model cards give are pinned.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffusion_api.job import TrainerSpec
+from diffusion_api.validation import SamplePrompt
+from diffusion_trainer.data.transforms import Variant, geometry
+from diffusion_trainer.models import open_model
+from diffusion_trainer.rng import Purpose, stream
+from diffusion_trainer.sampling import sample_grid
+from testkit.tiny_families import FAMILY_OF, make_tiny
+
+TEXTS = ["SD2", "SDXL", "SD3"]
+"""One of each way to encode text; SD1 has a file of its own."""
+CAPTIONS = ["a cat", "", "eine Katze, 漢字 & more", "long " * 300]
+SIDE, WIDE = 64, 96
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models, each made when it is first asked for."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def folder(architecture):
+        if architecture not in made:
+            made[architecture] = make_tiny(architecture, root / architecture)
+        return made[architecture]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(folders):
+    kept = {}
+
+    def family(architecture, dtype=torch.float32, *, fresh=False, **objective):
+        key = (architecture, dtype, *objective.items())
+        if fresh or key not in kept:
+            kept[key] = load(architecture, dtype, objective)
+        return kept.pop(key) if fresh else kept[key]
+
+    def load(architecture, dtype, objective):
+        folder = folders(architecture)
+        sections = {
+            "method": "Unconditional" if architecture == "UNet2D" else "LoRA",
+            "model": {"source": folder.as_uri()},
+            "dataset": {"source": folder.as_uri(), "resolution": SIDE},
+            "output": {"destination": folder.as_uri()},
+            "training": {"objective": objective},
+        }
+        return open_model(folder, TrainerSpec.model_validate(sections), device="cpu", dtype=dtype)
+
+    return family
+
+
+@pytest.fixture(scope="module")
+def pipelines(folders):
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    made = {}
+
+    def pipeline(architecture):
+        if architecture not in made:
+            pipe = DiffusionPipeline.from_pretrained(folders(architecture), local_files_only=True)
+            if not architecture.startswith("SD3"):
+                pipe.scheduler = DDIMScheduler.from_config(
+                    pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False
+                )
+            pipe.set_progress_bar_config(disable=True)
+            made[architecture] = pipe
+        return made[architecture]
+
+    return pipeline
+
+
+def drawn(pipe, prompt, latents, **options):
+    """Draw with a pipeline; return the picture in [0, 1] and what its denoiser was called with and answered."""
+    calls = []
+    denoiser = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    hook = denoiser.register_forward_hook(
+        lambda _, args, kwargs, answer: calls.append((args, kwargs, answer[0])), with_kwargs=True
+    )
+    try:
+        picture = pipe(
+            prompt.prompt,
+            negative_prompt=prompt.negative_prompt,
+            latents=latents,
+            num_inference_steps=prompt.steps,
+            guidance_scale=prompt.guidance_scale,
+            output_type="np",
+            **options,
+        ).images[0]
+    finally:
+        hook.remove()
+    return picture, calls
+
+
+def start(family, prompt, width, height):
+    shape = (1, family.latent_channels, height // family.latent_scale, width // family.latent_scale)
+    return torch.from_numpy(stream(prompt.seed, Purpose.SAMPLE).standard_normal(shape, dtype=np.float32))
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", TEXTS)
+def test_text_is_what_the_pipeline_makes_of_it(opened, pipelines, architecture):
+    family, pipe = opened(architecture), pipelines(architecture)
+    found = family.encode_text(CAPTIONS)
+    for i, caption in enumerate(CAPTIONS):
+        if architecture.startswith("SD3"):
+            text, _, pooled, _ = pipe.encode_prompt(caption, None, None, do_classifier_free_guidance=False)
+        elif architecture == "SDXL":
+            text, _, pooled, _ = pipe.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False)
+        else:
+            text, pooled = pipe.encode_prompt(caption, "cpu", 1, do_classifier_free_guidance=False)
+        wanted = {"text": text[0]} | ({} if pooled is None else {"pooled": pooled[0]})
+        assert found.keys() == wanted.keys() == set(family.conditioning_names)
+        for name, rows in wanted.items():
+            torch.testing.assert_close(found[name][i], rows, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", TEXTS)
+def test_text_from_tokens_is_differentiable_and_the_same(opened, architecture):
+    """What is cached where text encoders are trained: whole numbers, [B, length]."""
+    family = opened(architecture, fresh=True)
+    tokens = family.tokenize(CAPTIONS)
+    assert tuple(tokens) == family.token_names
+    assert {rows.dtype for rows in tokens.values()} == {torch.int64}
+    for encoder in family.text_encoders.values():
+        encoder.requires_grad_(requires_grad=True)
+    encoded = family.encode_tokens(tokens)
+    for name, rows in family.encode_text(CAPTIONS).items():
+        torch.testing.assert_close(encoded[name].detach(), rows)
+        assert not rows.requires_grad
+    sum(rows.square().sum() for rows in encoded.values()).backward()
+    for encoder in family.text_encoders.values():
+        assert encoder.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_the_pooled_text_of_sdxl_is_the_second_encoders_projection_at_the_end_token(opened):
+    """Not CLIP-L's, and not the hidden state: final norm, the place of the end token, times the projection."""
+    family = opened("SDXL")
+    encoder = family.text_encoders["text_encoder_2"]
+    tokens = family.tokenize(["a cat"])["tokens_2"]
+    end = tokens[0].tolist().index(encoder.config.eos_token_id)
+    with torch.no_grad():
+        normed = encoder(tokens).last_hidden_state[0, end].numpy()
+    wanted = normed @ encoder.text_projection.weight.detach().numpy().T
+    np.testing.assert_allclose(family.encode_text(["a cat"])["pooled"][0], wanted, atol=1e-6)
+
+
+def test_the_text_of_sd3_is_clip_padded_with_zeros_and_t5_behind_it(opened):
+    family = opened("SD3")
+    text = family.encode_text(["a cat"])["text"][0]
+    assert text.shape == (77 + 256, 96)
+    assert (text[:77, 32 + 48 :] == 0).all()
+    assert (text[77:].abs().sum(1) > 0).all()  # T5's padding is kept
+    with torch.no_grad():
+        t5 = family.text_encoders["text_encoder_3"](family.tokenize(["a cat"])["tokens_3"]).last_hidden_state[0]
+    assert torch.equal(text[77:], t5)
+
+
+# --- the denoiser ---------------------------------------------------------------------------------------------------
+
+PROMPTS = (
+    SamplePrompt(prompt="a cat", negative_prompt="blurry", seed=5, guidance_scale=5, steps=3),
+    SamplePrompt(prompt="a dog", seed=6, guidance_scale=1, steps=2),
+    SamplePrompt(prompt="a dog", seed=7, guidance_scale=3, steps=1),
+)
+
+
+@pytest.mark.parametrize("architecture", ["SD2-v", "SDXL", "SD3", "SD3.5"])
+def test_pictures_and_predictions_are_those_of_the_pipeline(opened, pipelines, architecture):
+    family, pipe = opened(architecture), pipelines(architecture)
+    grid = sample_grid(family, PROMPTS, size=(WIDE, SIDE))
+    for prompt, picture in zip(PROMPTS, grid.pictures, strict=True):
+        latents = start(family, prompt, WIDE, SIDE)
+        wanted, calls = drawn(pipe, prompt, latents, width=WIDE, height=SIDE)
+        assert len(calls) == prompt.steps
+        assert picture.size == (WIDE, SIDE)
+        assert np.abs(np.asarray(picture) - wanted * 255).max() <= 1
+        args, kwargs, answer = calls[0]
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        scaled = timestep.flatten()[:1] / (1000 if architecture.startswith("SD3") else 1)
+        guided = prompt.guidance_scale != 1
+        encoded = family.encode_text([prompt.negative_prompt, prompt.prompt] if guided else [prompt.prompt])
+        rows = len(answer)
+        told = torch.tensor([[SIDE, WIDE, 0.0, 0.0, SIDE, WIDE]]).expand(rows, -1)
+        times = scaled.expand(rows)
+        with torch.no_grad():
+            found = family.predict(latents.expand(rows, -1, -1, -1), times, encoded, told)
+        torch.testing.assert_close(found, answer, atol=1e-5, rtol=1e-4)
+
+
+def test_time_ids_of_sdxl_are_those_of_the_crop_that_was_used(opened, pipelines):
+    """A picture of 300 x 200, scaled to 96 x 64, of which the 64 x 64 from (20, 0) on are seen, mirrored."""
+    family, pipe = opened("SDXL"), pipelines("SDXL")
+    crop = geometry((300, 200), Variant((96, 64), 20, 0, flip=True), (64, 64))
+    assert crop.numbers().tolist() == [200, 300, 0, 12, 64, 64]  # mirrored, 96 - 64 - 20 are cut off at the left
+    prompt, latents = PROMPTS[1], start(family, PROMPTS[1], 64, 64)
+    _, calls = drawn(
+        pipe, prompt, latents, width=64, height=64,
+        original_size=(200, 300), crops_coords_top_left=(0, 12), target_size=(64, 64),
+    )  # fmt: skip
+    _, kwargs, answer = calls[0]
+    assert kwargs["added_cond_kwargs"]["time_ids"].tolist() == [crop.numbers().tolist()]
+    encoded = family.encode_text([prompt.prompt])
+    time = torch.tensor([int(pipe.scheduler.timesteps[0])])
+    with torch.no_grad():
+        found = family.predict(latents, time, encoded, crop.numbers()[None])
+        other = family.predict(latents, time, encoded, torch.tensor([[200.0, 300, 0, 20, 64, 64]]))
+    torch.testing.assert_close(found, answer, atol=1e-5, rtol=1e-4)
+    assert (found - other).abs().max() > 1e-4  # it makes a difference, so that a wrong crop would be seen
+
+
+def test_an_unconditional_model_is_sampled_as_ddim_samples_it(opened, folders):
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    family = opened("UNet2D")
+    prompt = SamplePrompt(prompt="", seed=3, guidance_scale=7.5, steps=4)
+    unet = UNet2DModel.from_pretrained(folders("UNet2D") / "unet")
+    scheduler = DDIMScheduler.from_pretrained(folders("UNet2D") / "scheduler")
+    scheduler.set_timesteps(4)
+    image = start(family, prompt, 32, 32)
+    for timestep in scheduler.timesteps:
+        with torch.no_grad():
+            image = scheduler.step(unet(image, timestep).sample, timestep, image).prev_sample
+    wanted = ((image / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1)[0].numpy()
+    picture = sample_grid(family, [prompt], size=(32, 32)).pictures[0]
+    assert np.abs(np.asarray(picture) - wanted).max() <= 1.01
+
+
+@pytest.mark.parametrize(("architecture", "sampler"), [("SD2", "DDIM"), ("SD3", "Euler"), ("UNet2D", "DDIM")])
+def test_the_sampler_is_named_in_the_parameters(opened, architecture, sampler):
+    grid = sample_grid(opened(architecture), PROMPTS[1:2], size=(32, 32))
+    assert f"Steps: 2, Sampler: {sampler}, CFG scale: 1" in grid.parameters[0]
+
+
+@pytest.mark.parametrize("architecture", ["SDXL", "SD3.5", "UNet2D"])
+def test_half_precision_answers_nearly_the_same(opened, architecture):
+    full, half = opened(architecture), opened(architecture, torch.bfloat16)
+    size = 8 if full.latent_scale == 8 else 32
+    noisy = torch.randn(2, full.latent_channels, size, size, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([0.3, 0.9]) if architecture == "SD3.5" else torch.tensor([300, 900])
+    told = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(2, -1)
+    with torch.no_grad():
+        wanted = full.predict(noisy, times, full.encode_text(["a", "b"]), told)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = half.predict(noisy, times, half.encode_text(["a", "b"]), told)
+    assert (found.float() - wanted).square().mean() < 1e-3 * wanted.square().mean()
+    trained_whole = architecture == "UNet2D"  # weights that are trained are never rounded
+    wanted = torch.float32 if trained_whole else torch.bfloat16
+    assert {p.dtype for p in half.denoiser.parameters()} == {wanted}
+    encoders = {name: next(encoder.parameters()).dtype for name, encoder in half.text_encoders.items()}
+    t5 = {"text_encoder_3"}  # twice as large as the denoiser
+    assert all((dtype == torch.bfloat16) == (name in t5) for name, dtype in encoders.items())
+
+
+def test_timesteps_of_flows_are_never_rounded_to_bf16(opened):
+    """sd-scripts casts them to the dtype of the weights, where 507 of 1000 values are left."""
+    family, seen = opened("SD3", torch.bfloat16, fresh=True), []
+    family.denoiser.time_text_embed.time_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    sigmas = torch.tensor([0.5001, 0.5002])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        family.predict(torch.zeros(2, 16, 8, 8), sigmas, family.encode_text(["a", "b"]), torch.zeros(2, 6))
+    assert seen[0].dtype == torch.float32
+    assert seen[0].tolist() == pytest.approx([500.1, 500.2], abs=1e-3)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scale", "shift"),
+    [("SD2", 0.18215, 0.0), ("SDXL", 0.13025, 0.0), ("SD3", 1.5305, 0.0609)],
+)
+def test_latents_are_shifted_and_scaled_as_published(opened, pipelines, architecture, scale, shift):
+    family, pipe = opened(architecture), pipelines(architecture)
+    pixels = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 96)).astype(np.float32))
+    mean, std = family.encode_images(pixels)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, (posterior.mean - shift) * scale)
+    torch.testing.assert_close(std, posterior.std * scale)
+    with torch.no_grad():
+        back = pipe.vae.decode(mean / scale + shift).sample
+    wanted = ((back / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1)
+    assert (family.decode(mean).float() - wanted).abs().max() <= 0.51
+
+
+def test_the_latents_of_an_unconditional_model_are_its_pixels(opened):
+    family = opened("UNet2D")
+    pixels = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    mean, std = family.encode_images(pixels)
+    assert torch.equal(mean, pixels)
+    assert (std == 0).all()
+    eight_bits = torch.arange(256, dtype=torch.float32).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    cached = family.encode_images(eight_bits / 127.5 - 1)[0].to(torch.bfloat16).float()  # as the cache keeps them
+    assert torch.equal(family.decode(cached)[0, ..., 0].float(), eight_bits[0, 0])
+
+
+def test_the_vae_of_sdxl_does_not_overflow(opened):
+    """Its activations pass 65504, the largest number of fp16 (sd-scripts #653): black images, NaN latents."""
+    family = opened("SDXL", torch.bfloat16, fresh=True)
+    vae = family._autoencoder._vae
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(1e5)
+    pixels = torch.ones(1, 3, 64, 64)
+    mean, std = family.encode_images(pixels)
+    assert mean.isfinite().all()
+    assert std.isfinite().all()
+    with torch.no_grad():
+        assert not vae.half().encode(pixels.half()).latent_dist.mean.isfinite().all()  # the negative control
+
+
+# --- what is where --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scale", "channels", "multiple"),
+    [("SD1", 8, 4, 8), ("SD2-v", 8, 4, 8), ("SDXL", 8, 4, 8), ("SD3", 8, 16, 16), ("UNet2D", 1, 3, 2)],
+)
+def test_sizes(opened, architecture, scale, channels, multiple):
+    family = opened(architecture)
+    assert family.name == FAMILY_OF[architecture]
+    assert (family.latent_scale, family.latent_channels, family.size_multiple) == (scale, channels, multiple)
+
+
+@pytest.mark.parametrize(("architecture", "prediction"), [("SD2", "Epsilon"), ("SD2-v", "VPrediction")])
+def test_sd2_predicts_what_its_scheduler_says(opened, architecture, prediction):
+    assert opened(architecture).process.prediction_type == prediction
+    assert opened(architecture, predictionType="Sample").process.prediction_type == "Sample"
+
+
+def test_the_flow_of_sd3_has_the_shift_of_its_scheduler(opened):
+    assert opened("SD3").process.shift == 3.0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention", "feed_forward"),
+    [
+        ("SDXL", {f"attn{i}.to_{part}" for i in (1, 2) for part in ("q", "k", "v", "out.0")}, {"ff"}),
+        (
+            "SD3.5",
+            {
+                *(f"attn{i}.to_{part}" for i in ("", 2) for part in ("q", "k", "v", "out.0")),
+                *(f"attn.add_{part}_proj" for part in "qkv"),
+                "attn.to_add_out",
+            },
+            {"ff", "ff_context"},
+        ),
+    ],
+)
+def test_adapters_go_to_attention_and_feed_forward(opened, architecture, attention, feed_forward):
+    family = opened(architecture)
+    layers = {name for name, module in family.denoiser.named_modules() if isinstance(module, nn.Linear)}
+
+    def adapted(targets):
+        suffixes = family.lora_target_modules(targets)
+        return {name for name in layers if name.endswith(tuple(f".{suffix}" for suffix in suffixes))}
+
+    def of_blocks(name):
+        return name.split("blocks.")[-1].partition(".")[2]
+
+    assert {of_blocks(name) for name in adapted("Attention")} == attention
+    both = {of_blocks(name) for name in adapted("AttentionAndFeedForward")}
+    assert both == attention | {f"{block}.net.{part}" for block in feed_forward for part in ("0.proj", "2")}
+
+
+def test_hashes_tell_what_a_cache_may_share(opened):
+    full, half = opened("SD3"), opened("SD3", torch.bfloat16)
+    assert full.vae_hash() == half.vae_hash()
+    assert full.text_hash() != half.text_hash()  # T5 rounds
+    assert opened("SDXL").text_hash() == opened("SDXL", torch.bfloat16).text_hash()
+    assert len({opened(name).text_hash() for name in FAMILY_OF}) == len(FAMILY_OF) - 2 + 1

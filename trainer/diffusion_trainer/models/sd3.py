@@ -1,0 +1,99 @@
+"""Stable Diffusion 3 and 3.5: a multimodal transformer, three text encoders, rectified flow (arXiv 2403.03206).
+
+Text is that of both CLIP encoders, padded with zeros to T5's width, and T5's behind it. T5 attends to its padding and
+keeps it, as in the published pipelines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_api.model import Family as FamilyName
+from diffusion_trainer.models.base import Conditioning, Targets
+from diffusion_trainer.models.files import ModelFiles
+from diffusion_trainer.models.inspection import TRAINABLE, check_files
+from diffusion_trainer.models.latent import CLIP_TOKENS, TextToImage, check_channels, token_ids
+from diffusion_trainer.models.loading import load_flow_process, load_text_encoder, load_tokenizer, loaded
+from diffusion_trainer.models.sdxl import penultimate
+from diffusion_trainer.objective import Process
+
+T5_TOKENS = 256
+_TIMESTEPS = 1000
+_ATTENTION = ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v"]
+_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+
+
+class StableDiffusion3(TextToImage):
+    """The family SD3; see `models.base.Family`. Conditioning: `text` [77 + 256, D], `pooled` [D1 + D2]."""
+
+    name: FamilyName = "SD3"
+    conditioning_names = ("text", "pooled")
+    token_names = ("tokens", "tokens_2", "tokens_3")
+
+    @classmethod
+    def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
+        """Check and load a model of this family. Raises `InputMissing` and `BadData`."""
+        weights = check_files(folder, TRAINABLE[cls.name])
+        check_channels(folder, "transformer", channels=16)
+        return cls(ModelFiles(folder, weights), device=device, dtype=dtype, weights_dtype=weights_dtype)
+
+    def __init__(
+        self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype
+    ) -> None:
+        """Load from a folder that has been checked. T5, which is larger than the denoiser, is kept in its dtype."""
+        from diffusers import SD3Transformer2DModel
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        super().__init__(files, device=device, dtype=dtype)
+        folder = files.folder
+        denoiser: Any = loaded(SD3Transformer2DModel, folder / "transformer", torch_dtype=weights_dtype).to(device)
+        self.denoiser: nn.Module = denoiser
+        self.size_multiple = self.latent_scale * denoiser.config.patch_size
+        for name in ("text_encoder", "text_encoder_2"):
+            self.text_encoders[name] = load_text_encoder(CLIPTextModelWithProjection, folder / name)
+        self.text_encoders["text_encoder_3"] = load_text_encoder(T5EncoderModel, folder / "text_encoder_3", dtype=dtype)
+        kinds = (CLIPTokenizer, CLIPTokenizer, T5TokenizerFast)
+        for kind, encoder in zip(kinds, list(self.text_encoders), strict=True):
+            name = encoder.replace("text_encoder", "tokenizer")
+            self.tokenizers[name] = load_tokenizer(kind, folder / name, self.text_encoders[encoder])
+        self.process: Process = load_flow_process(folder)
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: D102 - as in `Family`; likewise below
+        lengths = (CLIP_TOKENS, CLIP_TOKENS, T5_TOKENS)
+        return {
+            tokens: token_ids(tokenizer, captions, length=length)
+            for tokens, tokenizer, length in zip(self.token_names, self.tokenizers.values(), lengths, strict=True)
+        }
+
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
+        first, second, third = (
+            encoder(tokens[name].to(next(encoder.parameters()).device), output_hidden_states=True)
+            for name, encoder in zip(self.token_names, self.text_encoders.values(), strict=True)
+        )
+        clip, t5 = penultimate(first, second), third.last_hidden_state.float()
+        padded = nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {
+            "text": torch.cat([padded, t5], dim=1),
+            "pooled": torch.cat([first.text_embeds, second.text_embeds], dim=-1),
+        }
+
+    def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, geometry: Tensor) -> Tensor:  # noqa: ARG002, D102
+        predicted: Tensor = self.denoiser(
+            noisy,
+            encoder_hidden_states=conditioning["text"],
+            pooled_projections=conditioning["pooled"],
+            timestep=times * _TIMESTEPS,
+        ).sample
+        return predicted
+
+    def text_hash(self) -> str:  # noqa: D102
+        return hashlib.sha256(f"{super().text_hash()} {self.dtype}".encode()).hexdigest()  # T5's numbers depend on it
+
+    def lora_target_modules(self, targets: Targets) -> list[str]:  # noqa: D102
+        return _ATTENTION if targets == "Attention" else sorted(_ATTENTION + _FEED_FORWARD)
