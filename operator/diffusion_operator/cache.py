@@ -98,7 +98,7 @@ class PodCache(Cache):
     def put(self, item: Object) -> bool:
         """Take the pod in; one that is known to be gone does not come back."""
         uid = item["metadata"]["uid"]
-        if uid in self._gone or not super().put(item):
+        if uid in self._gone or not super().put(_as_first_asked(self._items.get(uid), item)):
             return False
         self._by_owner.setdefault(owner_uid(item), set()).add(uid)
         return True
@@ -109,7 +109,7 @@ class PodCache(Cache):
         known = self._items.get(uid)
         if known is None:
             return False
-        self._gone[uid] = item if version_of(item) >= version_of(known) else known
+        self._gone[uid] = _as_first_asked(known, item) if version_of(item) >= version_of(known) else known
         return super().remove(item)
 
     def bury(self, owner: str, *, before_attempt: int | None = None) -> None:
@@ -121,6 +121,19 @@ class PodCache(Cache):
                 self._by_owner[owner].discard(uid)
         if not self._by_owner.get(owner, True):
             del self._by_owner[owner]
+
+
+def _as_first_asked(known: Object | None, item: Object) -> Object:
+    """Return the pod with the deletion that was asked for first.
+
+    A kubelet that is done removes the pod by a deletion without grace, and so the time of its removal, after the
+    container's end, stands where the request stood before: the pod would look as if it had ended by itself.
+    """
+    old, new = (known or {}).get("metadata", {}), item["metadata"]
+    if not old.get("deletionGracePeriodSeconds") or new.get("deletionGracePeriodSeconds") != 0:
+        return item
+    kept = {key: old[key] for key in ("deletionTimestamp", "deletionGracePeriodSeconds")}
+    return {**item, "metadata": {**new, **kept}}
 
 
 def owner_uid(item: Object) -> str:

@@ -177,6 +177,14 @@ def waits_too_long(play: Play) -> None:
     play.user.create(make_job(name=play.job, runPolicy={"pendingDeadlineSeconds": 1}))
 
 
+def finds_no_node(play: Play) -> None:
+    play.user.create(make_job(name=play.job, resources={"capacity": "Any", "failoverSeconds": 0}))
+    play.kubelet.wait_for_pod(play.pod)
+    said = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    condition_ = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said}
+    play.kubelet.patch(play.pod, conditions=[condition_])
+
+
 def runs_too_long(play: Play) -> None:
     play.starts(runPolicy={"activeDeadlineSeconds": 1000})
     play.status(startTime="2026-01-02T03:04:05Z")
@@ -200,6 +208,7 @@ PLAYS: dict[Cause, Callable[[Play], None]] = {
     Cause.PREEMPTED: lambda play: play.disrupted("PreemptionByScheduler"),
     Cause.SUSPENDED: is_suspended,
     Cause.NODE_LOST: lambda play: play.disrupted("DeletionByPodGC"),
+    Cause.NO_CAPACITY: finds_no_node,
     Cause.CUDA_OUT_OF_MEMORY: lambda play: play.exits(80),
     Cause.COLLECTIVE_TIMEOUT: lambda play: play.exits(81),
     Cause.GPU_FAULT: lambda play: play.exits(82),

@@ -87,7 +87,8 @@ def _of_pod(pod: SeenPod, *, stopped: bool, now: datetime) -> tuple[tuple[int, i
         if found is None:
             continue
         cause, detail = found
-        if stopped and clue not in (_fenced, _completed) and _was_deleted(pod):
+        told = _was_deleted(pod) or (clue is _said_or_exited and cause == Cause.PREEMPTED)
+        if stopped and told and clue not in (_fenced, _completed):
             cause, detail = Cause.SUSPENDED, ""
         order = (
             rank,
@@ -130,7 +131,7 @@ def _disrupted(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
     if not condition:
         return None
     reason = str(condition.get("reason", ""))
-    if reason != BY_KUBELET and pod.terminated and not _was_deleted(pod):
+    if reason != BY_KUBELET and pod.terminated and not _was_deleted(pod) and not _ended_after(condition, pod):
         return None  # announced, and the container ended by itself before it came about
     # A container whose end was reported has a kubelet that lives: it was the taint, and not the node's silence.
     tainted = reason == BY_TAINT and bool(pod.terminated)
@@ -213,6 +214,14 @@ def _and_why(pod: SeenPod) -> str:
 def _was_disrupted_otherwise(pod: SeenPod) -> bool:
     """Return whether the cluster ended the pod for another reason than that its node was lost, which came later."""
     return bool(pod.disruption) and pod.disruption.get("reason") not in NODE_GONE
+
+
+def _ended_after(condition: Mapping[str, object], pod: SeenPod) -> bool:
+    """Return whether the container of a deleted pod ended after its disruption was announced, and so because of it."""
+    since, finished_at = condition.get("lastTransitionTime"), pod.terminated.get("finishedAt")
+    if not pod.deleting or not since or not finished_at:
+        return False
+    return timestamps.from_text(finished_at) + CLOCK_SKEW >= timestamps.from_text(str(since))
 
 
 def _was_deleted(pod: SeenPod) -> bool:

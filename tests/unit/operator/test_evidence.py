@@ -9,6 +9,7 @@ from diffusion_operator.policies.evidence import ending_of
 from diffusion_operator.state import SeenPod
 from testkit.builders import (
     NOW,
+    at,
     container,
     deleting,
     disrupted,
@@ -127,6 +128,15 @@ def test_a_taint_ends_pods_of_living_nodes_and_of_dead_ones() -> None:
     assert cause(said) == Cause.PREEMPTED
 
 
+@pytest.mark.parametrize(("announced", "expected"), [(-30, Cause.PREEMPTED), (60, Cause.CRASH)])
+def test_a_disruption_counts_also_when_only_the_removal_was_seen(announced: float, expected: Cause) -> None:
+    """The kubelet's own deletion, without grace, comes after the container's end."""
+    condition = disrupted("PreemptionByScheduler")
+    condition["conditions"][0]["lastTransitionTime"] = at(announced)
+    removed = pod(gone=True, metadata=deleting(asked=20, grace=0), **condition, **terminated(137))
+    assert cause(removed) == expected
+
+
 def test_an_announced_disruption_that_did_not_come_about_is_no_evidence() -> None:
     assert cause(pod(**disrupted("PreemptionByScheduler"), **terminated(64, message=last_word(64)))) == Cause.BAD_CONFIG
 
@@ -184,6 +194,12 @@ class TestSuspension:
         assert cause(stopped=True) == Cause.SUSPENDED
         assert cause(pod(metadata=deleting(), **terminated(75, message=last_word(75))), stopped=True) == Cause.SUSPENDED
         assert cause(pod(metadata=deleting(), **terminated(137)), stopped=True) == Cause.SUSPENDED
+
+    def test_what_yields_was_told_to(self) -> None:
+        """Though the last that is seen of it is its removal, which is after its end."""
+        removed = deleting(asked=5, grace=0)
+        word = terminated(75, message=last_word(75))
+        assert cause(pod(metadata=removed, gone=True, **word), stopped=True) == Cause.SUSPENDED
 
     def test_what_ended_by_itself_keeps_its_cause(self) -> None:
         assert cause(pod(**terminated(64)), stopped=True) == Cause.BAD_CONFIG

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from diffusion_operator.cache import Cache, Listing, PodCache
 from diffusion_operator.workqueue import LONGEST_BACKOFF_SECONDS, WorkQueue
-from testkit.builders import Object, make_job, make_pod
+from testkit.builders import Object, deleting, make_job, make_pod
 
 
 @dataclass
@@ -154,3 +154,18 @@ class TestPodCache:
         cache = PodCache()
         cache.put(make_pod(self.JOB, metadata={"ownerReferences": []}))
         assert cache.of_job("owner") == ()
+
+
+def test_of_a_deletion_the_request_is_remembered_and_not_the_removal() -> None:
+    """Found in recordings: a killed pod looked as if it had ended by itself before somebody deleted it."""
+    job, pods = make_job(), PodCache()
+    asked = make_pod(job, metadata={**deleting(asked=-30, grace=30), "resourceVersion": "11"})
+    pods.put(make_pod(job))
+    pods.put(asked)
+    removed = make_pod(job, metadata={**deleting(asked=9, grace=0), "resourceVersion": "12"})
+    pods.put(removed)
+    pods.remove({**removed, "metadata": {**removed["metadata"], "resourceVersion": "13"}})
+    (seen,) = pods.of_job(job["metadata"]["uid"])
+    assert seen.gone
+    kept = {key: seen.raw["metadata"][key] for key in deleting()}
+    assert kept == deleting(asked=-30, grace=30)
