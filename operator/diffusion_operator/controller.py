@@ -103,6 +103,9 @@ class Controller:
         """Take in news of a pod."""
         if self._take(self._knowledge.pods, pod, gone=gone):
             self._queue.add(owner_uid(pod))
+        if gone:
+            for uid in self._knowledge.waiting_for_a_name():
+                self._queue.add(uid)  # now, rather than after a backoff that has grown meanwhile
 
     def node_seen(self, node: Object, *, gone: bool) -> None:
         """Take in news of a node, which may be the end of the pods on it."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
+from diffusion_api.waiting import WaitingCause
 from diffusion_operator.cache import Cache, PodCache, owner_uid
 from diffusion_operator.cluster import Cluster
 from diffusion_operator.state import Job, Object, Refusal, Surroundings
@@ -32,6 +33,10 @@ class Knowledge:
     _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
     _workloads: dict[str, tuple[datetime, tuple[Object, ...] | None]] = field(default_factory=dict)
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def waiting_for_a_name(self) -> list[str]:
+        """Return the uids of the jobs whose pod's name is taken by another pod."""
+        return [uid for uid, refusal in self.refusals.items() if refusal.cause == WaitingCause.POD_NAME_TAKEN]
 
     def forget(self, uid: str) -> None:
         """Forget everything about a job that is gone."""

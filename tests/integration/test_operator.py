@@ -1,8 +1,6 @@
 """The operator on a real API server, with its own rights: one job's whole life, and what can come in between."""
 
 import json
-import os
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from diffusion_api.run import RunConfig
 from testkit.builders import last_word, make_checkpoint, make_job, make_profile, make_progress, make_report
 from testkit.kube import Object, condition
 from testkit.operating import JOBS, MANIFEST, Installation, Kubelet, OperatorProcess, User, installed
-from testkit.process import ServerProcess, free_ports
+from testkit.process import free_ports
 from testkit.waiting import wait_until
 
 pytestmark = pytest.mark.apiserver
@@ -393,34 +391,6 @@ def test_metrics_and_health(place: Place, installation: Installation) -> None:
     text = http_get("/metrics")
     assert "diffusion_operator_reconcile_duration_seconds_bucket" in text
     assert 'diffusion_operator_attempts_ended_total{cause="Preempted"}' in text
-
-
-def test_kopf_run_works_too(place: Place, installation: Installation) -> None:
-    """Under kopf's own command line, and in one namespace; beside the other operator, which does no harm."""
-    user, kubelet = place
-    environment = {
-        **os.environ,
-        "KUBECONFIG": str(installation.kubeconfig),
-        "DIFFUSION_OPERATOR_HTTP_PORT": "0",
-        "DIFFUSION_OPERATOR_PREFLIGHT": "OFF",
-        "DIFFUSION_OPERATOR_NAMESPACES": user.namespace,
-    }
-    command = [sys.executable, "-m", "kopf", "run", "-m", "diffusion_operator", "--namespace", user.namespace]
-    log = installation.folder / "kopf.log"
-    process = ServerProcess(command, log=log, env=environment)
-    try:
-        wait_until(lambda: "started: 0 jobs" in log.read_text(), describe="kopf run", timeout=60, detail=process.tail)
-        user.create(make_job())
-        kubelet.run("cats-1-0")
-        user.wait_phase("Preparing")
-    finally:
-        process.stop()
-    created = [
-        entry
-        for entry in installation.audit(user.namespace, verbs=("create",))
-        if entry["responseStatus"]["code"] < 300
-    ]
-    assert [e["objectRef"]["name"] for e in created if e["objectRef"]["resource"] == "pods"] == ["cats-1-0"]
 
 
 @pytest.mark.parametrize(

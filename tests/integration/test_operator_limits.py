@@ -1,5 +1,10 @@
-"""Deadlines and deletion by time on a real API server, with the operator away at the worst moments."""
+"""Deadlines and deletion by time on a real API server, with the operator away at the worst moments.
 
+No operator stands here all the time: each test starts its own.
+"""
+
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +12,7 @@ import pytest
 from testkit.builders import last_word, make_checkpoint, make_job
 from testkit.kube import condition
 from testkit.operating import JOBS, Installation, Kubelet, OperatorProcess, User, installed
+from testkit.process import ServerProcess
 from testkit.waiting import wait_until
 
 pytestmark = pytest.mark.apiserver
@@ -107,3 +113,26 @@ def test_a_crash_at_the_deletion(place: Place, installation: Installation, when:
     assert is_gone(installation, user) == (when == "after")
     with OperatorProcess(installation, namespace=user.namespace):
         wait_until(lambda: is_gone(installation, user), describe="the job to go")
+
+
+def test_kopf_run_works_too(place: Place, installation: Installation) -> None:
+    """Under kopf's own command line, and in one namespace."""
+    user, kubelet = place
+    environment = {
+        **os.environ,
+        "KUBECONFIG": str(installation.kubeconfig),
+        "DIFFUSION_OPERATOR_HTTP_PORT": "0",
+        "DIFFUSION_OPERATOR_PREFLIGHT": "OFF",
+        "DIFFUSION_OPERATOR_NAMESPACES": user.namespace,
+    }
+    command = [sys.executable, "-m", "kopf", "run", "-m", "diffusion_operator", "--namespace", user.namespace]
+    log = installation.folder / "kopf.log"
+    process = ServerProcess(command, log=log, env=environment)
+    try:
+        wait_until(lambda: "started: 0 jobs" in log.read_text(), describe="kopf run", timeout=120, detail=process.tail)
+        user.create(make_job())
+        kubelet.run("cats-1-0")
+        user.wait_phase("Preparing")
+    finally:
+        process.stop()
+    assert created(installation, user) == ["cats-1-0"]

@@ -123,7 +123,7 @@ class OperatorProcess:
             log = self.log.read_text()
             return not self.running or "started:" in log or "standing by as" in log
 
-        wait_until(started, describe="a start", detail=self.tail)
+        wait_until(started, describe="a start", timeout=120, detail=self.tail)
 
     def stop(self) -> int:
         """End it as Kubernetes does, by SIGTERM; return its exit code."""
@@ -149,7 +149,7 @@ class OperatorProcess:
             raise RuntimeError("the operator was never started")
         return self._process.pid
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = 120) -> int:
         """Wait for its end; return its exit code."""
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -271,7 +271,7 @@ class User:
             return status.get("phase") == phase and attempt in {None, status.get("attempt")}
 
         what = f"phase {phase}"
-        found = self._kube.wait_for(JOBS, name, reached, namespace=self.namespace, timeout=30, describe=what)
+        found = self._kube.wait_for(JOBS, name, reached, namespace=self.namespace, timeout=120, describe=what)
         status: Object = found["status"]
         return status
 
