@@ -87,6 +87,7 @@ class World(RuleBasedStateMachine):
 
     preflight = False
     nodes = 1
+    resources: ClassVar[Object] = {}
     policy: ClassVar[Object] = {"backoffLimit": 3}
     steps: ClassVar[int] = 0
     """Rules that were executed, over all examples."""
@@ -96,7 +97,7 @@ class World(RuleBasedStateMachine):
         self.now: datetime = NOW
         self.cluster = MemoryCluster()
         self.cluster.add_profile(make_profile())
-        self.cluster.add_job(make_job(runPolicy=self.policy, resources={"nodes": self.nodes}))
+        self.cluster.add_job(make_job(runPolicy=self.policy, resources={"nodes": self.nodes, **self.resources}))
         self.where: dict[str, Object] = {name: make_node(name) for name in NODES}
         self.excused: set[str] = set()
         self.given_up: set[str] = set()

@@ -1,15 +1,16 @@
-"""The world's variants: several pods, the preflight, limits of the run, a job that its user deletes."""
+"""The world's variants: several pods, the preflight, limits, several choices, a job that its user deletes."""
 
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import pairwise
 from typing import ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
 from diffusion_operator import timestamps
-from testkit.builders import Object
+from testkit.builders import Object, make_profile
 from testkit.world import KEY, UID, World, attempt_of
 
 
@@ -141,6 +142,55 @@ class LimitedWorld(World):
             self.the_user_edits(3, valid=True)
             self.cluster.change_spec(*KEY, suspend=False)
         self.settle(lambda: not self.exists)
+
+
+class ChoicesWorld(World):
+    """Two profiles and spot nodes, on which there may be no room."""
+
+    smaller = "smaller"
+    """Name of the other profile, and its image, by which its pods are known."""
+    resources: ClassVar[Object] = {"capacity": "Any", "alternatives": [{"profile": smaller}]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster.add_profile(make_profile(name=self.smaller, image=self.smaller, spot=None))
+        self.operator = self.start()
+
+    @rule(rounds=st.integers(1, 4), why=st.sampled_from(["Insufficient nvidia.com/gpu", "node(s) didn't match"]))
+    def there_is_no_room_for_long(self, rounds: int, why: str) -> None:
+        """Chance alone seldom goes round all choices."""
+        said = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+        message = f"0/3 nodes are available: 3 {why}."
+        for _ in range(rounds):
+            for name in self.pods("Pending"):
+                if "nodeName" not in self.cluster.pods["team-a", name]["spec"]:
+                    conditions = [said | {"message": message}]
+                    self.cluster.set_pod(name, status={"phase": "Pending", "conditions": conditions})
+            for _ in range(3):
+                self.everything_is_read_again()
+                self.look()
+                self.now += timedelta(seconds=101)
+
+    @invariant()
+    def pods_are_of_the_choice_that_the_status_says(self) -> None:
+        attempts = {item["number"]: item for item in self.status.get("attempts", [])}
+        for (_, name), pod in self.cluster.pods.items():
+            attempt = attempts.get(attempt_of(name))
+            if attempt is not None:
+                found = pod["spec"]["containers"][0]["image"] == self.smaller, "nodeSelector" in pod["spec"]
+                wanted = attempt["profile"] == self.smaller, attempt["capacity"] == "Spot"
+                assert found == wanted, f"pod {name} is of another choice than its attempt"
+        if attempts:
+            newest, placement = attempts[self.status["attempt"]], self.status["placement"]
+            assert (newest["profile"], newest["capacity"]) == (placement["profile"], placement["capacity"])
+
+    @invariant()
+    def a_move_is_no_preemption_and_costs_no_history(self) -> None:
+        causes = [item.get("cause") for item in self.status.get("attempts", [])]
+        if len(causes) < 10:
+            taken = sum(cause in {"Preempted", "NodeLost"} for cause in causes)
+            assert self.status.get("counters", {}).get("preemptions", 0) == taken, "a move counts as a preemption"
+        assert ("NoCapacity", "NoCapacity") not in pairwise(causes), "moves push out what the job has been through"
 
 
 class DeletionWorld(World):

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from testkit.world import World
-from testkit.worlds import DeletionWorld, LimitedWorld, PreflightWorld, TwoNodesWorld
+from testkit.worlds import ChoicesWorld, DeletionWorld, LimitedWorld, PreflightWorld, TwoNodesWorld
 
 STEPS = 25
 """Rules in one story."""
-SHARES = {World: 70, TwoNodesWorld: 35, PreflightWorld: 40, LimitedWorld: 50, DeletionWorld: 25}
+SHARES = {World: 70, TwoNodesWorld: 35, PreflightWorld: 40, LimitedWorld: 50, DeletionWorld: 25, ChoicesWorld: 25}
 """Stories here, by world; the sweep at night divides its steps alike."""
 NIGHTLY_STEPS = 100_000
 

@@ -22,7 +22,7 @@ from diffusion_operator.policies.preflight import preflight_first
 from diffusion_operator.policies.run_policy import backs_off
 from diffusion_operator.state import Case, SeenPod
 from testkit.world import LOST, World
-from testkit.worlds import DeletionWorld, LimitedWorld, PreflightWorld
+from testkit.worlds import ChoicesWorld, DeletionWorld, LimitedWorld, PreflightWorld
 
 FIRST = "cats-1-0"
 
@@ -95,6 +95,23 @@ class Bugs:
             return made
 
         self.plant.setattr(pod, "build", orphan)
+
+    def capacity_is_forgotten(self) -> None:
+        current = attempt_starts.current
+        forgets = lambda case, status: replace(current(case, status), capacity="OnDemand")  # noqa: E731
+        self.plant.setattr(attempt_starts, "current", forgets)
+
+    def every_wait_is_kept(self) -> None:
+        self.plant.setattr(attempt_ended, "without_earlier_waits", lambda status: status)
+
+    def moves_are_counted(self) -> None:
+        judge = attempt_ended.judge
+
+        def counting(*args: Any) -> Any:
+            verdict = judge(*args)
+            return replace(verdict, counted={"preemptions": 1}) if verdict.cause == Cause.NO_CAPACITY else verdict
+
+        self.plant.setattr(attempt_ended, "judge", counting)
 
 
 Story = Callable[[World], None]
@@ -181,6 +198,13 @@ def it_takes_too_long(world: World) -> None:
     followed(world)
 
 
+def no_room(world: World) -> None:
+    world.look()
+    assert isinstance(world, ChoicesWorld)
+    world.there_is_no_room_for_long(rounds=4, why="Insufficient nvidia.com/gpu")
+    check(world)
+
+
 FOUND: list[tuple[Callable[[Bugs], None], type[World], Story, str]] = [
     (Bugs.running_pods_are_taken_for_dead, World, time_goes_by, "two attempts at once"),
     (Bugs.numbers_are_used_again, World, ends("yielded"), "a number was used twice"),
@@ -194,6 +218,9 @@ FOUND: list[tuple[Callable[[Bugs], None], type[World], Story, str]] = [
     (Bugs.pods_have_no_owner, DeletionWorld, started, "nobody collects"),
     (Bugs.an_old_spec_is_observed, World, spec_changes, "an older spec was observed"),
     (Bugs.deadlines_are_overlooked, LimitedWorld, it_takes_too_long, "started beyond the deadline"),
+    (Bugs.capacity_is_forgotten, ChoicesWorld, started, "another choice than its attempt"),
+    (Bugs.every_wait_is_kept, ChoicesWorld, no_room, "push out what the job has been through"),
+    (Bugs.moves_are_counted, ChoicesWorld, no_room, "counts as a preemption"),
     (Bugs.preflights_are_left_out, PreflightWorld, started, "before its preflight had passed"),
 ]
 NAMES = [bug.__name__ for bug, *_ in FOUND]
