@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from diffusion_api import combinations, names
 from diffusion_api.dataset import Dataset
 from diffusion_api.meta import ApiModel, Cel, cel
-from diffusion_api.method import MEMBERS, DreamBooth, FineTune, LoRA, Method, TextualInversion
+from diffusion_api.method import MEMBERS, PRIOR_MESSAGE, DreamBooth, FineTune, LoRA, Method, TextualInversion
 from diffusion_api.model import Family, Model
 from diffusion_api.output import Credentials, Output
 from diffusion_api.resources import Notification, PodOverrides, Resources, RunPolicy
@@ -22,6 +22,10 @@ from diffusion_api.validation import Checkpoint, Tracking, Validation
 _IMMUTABLE = ("method", "model", "dataset", "training", "validation", "output", "resources")
 _IMMUTABLE_OPTIONAL = ("lora", "dreamBooth", "fineTune", "textualInversion")
 _HOW_TO_CHANGE = "cannot be changed: it decides the result. Delete the job, or create another one under a new name"
+_NOTHING_HELD_OUT = (
+    "validation.earlyStopping goes by held-out images, but dataset.validation.fraction is 0: use 0.05, or leave "
+    "earlyStopping out"
+)
 
 
 def _spec_rules() -> list[Cel]:
@@ -55,6 +59,19 @@ def _spec_rules() -> list[Cel]:
             "'None'",
             "lora: dreamBooth.adapter is None, so there is no adapter: remove lora, or use adapter: LoRA",
             field=".lora",
+        ),
+        Cel(
+            "!has(self.dreamBooth) || self.dreamBooth.priorLossWeight == 0.0 || !has(self.training.batchSize) || "
+            "self.training.batchSize % 2 == 0",
+            '"training.batchSize is " + string(self.training.batchSize) + ", but half of each batch are class images: '
+            'use an even number, or dreamBooth.priorLossWeight: 0"',
+            expression=True,
+            field=".training.batchSize",
+        ),
+        Cel(
+            "!has(self.validation.earlyStopping) || self.dataset.validation.fraction > 0.0",
+            _NOTHING_HELD_OUT,
+            field=".dataset.validation.fraction",
         ),
         *combinations.fit_rules(),
         *combinations.format_rules(),
@@ -120,6 +137,21 @@ class TrainerSpec(ApiModel):
                 raise ValueError(reason if path == "method" else f"{path}: {reason}")
         for name, reason in combinations.unwritable(self.method, self.trains, self.output.formats):
             raise ValueError(f"output.formats: {name}: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _prior_and_stopping_have_what_they_need(self) -> TrainerSpec:
+        booth = self.dream_booth
+        if booth and booth.preserves_prior:
+            if not (booth.class_prompt and booth.class_images):
+                raise ValueError(f"dreamBooth: {PRIOR_MESSAGE}")
+            if self.batch_size % 2:
+                raise ValueError(
+                    f"training.batchSize is {self.batch_size}, but half of each batch are class images: use an even "
+                    "number, or dreamBooth.priorLossWeight: 0"
+                )
+        if self.validation.early_stopping and not self.dataset.validation.fraction:
+            raise ValueError(_NOTHING_HELD_OUT)
         return self
 
     def member(self, method: str) -> ApiModel | None:

@@ -22,7 +22,7 @@ class Limit:
 
 
 LIMITS = (
-    Limit("method", ("LoRA", "FineTune", "FromScratch", "TextualInversion")),
+    Limit("method", ("LoRA", "DreamBooth", "FineTune", "FromScratch", "TextualInversion")),
     Limit("model.revision", (None,)),
     Limit("model.vae", (None,)),
     Limit("dataset.format", ("Auto", "ImageFolder", "Sidecar")),
@@ -35,7 +35,6 @@ LIMITS = (
     Limit("training.attention", ("Auto", "SDPA")),
     Limit("training.compile", ("Auto", "Never")),
     Limit("training.ema.enabled", (False,)),
-    Limit("validation.earlyStopping", (None,)),
     Limit("output.hub", (None,)),
     Limit("notifications", ([],)),
 )

@@ -73,6 +73,23 @@ def terminate_during_evaluation(number: int) -> None:
     _before("validate", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == number else None, evaluation)
 
 
+def overshoot_from(step: int) -> None:
+    """Plant an overfit: from optimizer step `step` (from 0) on, weights grow by half before each step.
+
+    It goes by the step and not by the number of calls, so a resumed run does the same.
+    """
+    original = train.gradients
+
+    def gradients(batches: Any, ready: Any) -> Any:
+        if batches[0].slots[0].step >= step:
+            with torch.no_grad():
+                for parameter in ready.trained.parameters.values():
+                    parameter.mul_(1.5)
+        return original(batches, ready)
+
+    train.gradients = gradients
+
+
 def hang_before_step(step: int) -> None:
     """Never come back from optimizer step `step` (from 1)."""
     _before("gradients", lambda count: threading.Event().wait() if count == step else None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
 from diffusion_trainer import cache, data, methods, models, optim
+from diffusion_trainer.class_images import with_class_images
 from diffusion_trainer.data import Batch, DatasetLock, Plan, Share
 from diffusion_trainer.device import Device, micro_batch_size, open_device
 from diffusion_trainer.errors import BadConfig, NotFound, PreconditionFailed
@@ -78,6 +79,8 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     report("loading the model")
     family = models.open_model(folder, spec, device=device.torch, dtype=device.dtype)
     check_sizes(lock, family)
+    pictures = data.Pictures((*stores.datasets, stores.state), work)
+    lock = with_class_images(lock, family, spec, state=stores.state, pictures=pictures, peers=peers, report=report)
     attached = methods.attach(family, spec, seed=seed)
     variants = spec.dataset.augmentation.variants_per_image
     captions = data.CaptionVariants(spec.dataset.captions, variants=variants, seed=seed)
@@ -88,7 +91,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         stores.output,
         variants=data.Variants(spec.dataset.augmentation, seed=seed),
         captions=captions,
-        pictures=data.Pictures(stores.datasets, work),
+        pictures=pictures,
         report=report,
         text=attached.text,
     )
@@ -113,6 +116,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         variants=variants,
         caption_dropout=spec.dataset.captions.dropout,
         captions=captions,
+        prior_loss_weight=spec.dream_booth.prior_loss_weight if spec.dream_booth else 0,
     )
     extent = Extent(spec.total_steps(plan.batches_per_epoch), plan.batches_per_epoch, spec.batch_size)
     objective = objective_of(family.process, spec.training.objective).to(device.torch)

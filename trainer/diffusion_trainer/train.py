@@ -332,7 +332,7 @@ def deliver(spec: TrainerSpec, stores: Stores, ready: Ready, chosen: Chosen, *, 
         output.model_card(
             spec,
             family=ready.family.name,
-            images=len(ready.plan.lock.training),
+            images=len(ready.plan.lock.instances),
             steps=chosen.step,
         )
     )

@@ -94,8 +94,7 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
 
 def train_subset(lock: DatasetLock, *, seed: int) -> tuple[int, ...]:
     """Return as many training images as are held out, or all: those that a keyed draw ranks first."""
-    own = [i for i in lock.training if lock.images[i].role == "instance"]
-    ranked = sorted(own, key=lambda i: (stream(seed, Purpose.TRAIN_SUBSET, lock.images[i].id).random(), i))
+    ranked = sorted(lock.instances, key=lambda i: (stream(seed, Purpose.TRAIN_SUBSET, lock.images[i].id).random(), i))
     return tuple(ranked[: len(lock.held_out)])
 
 

@@ -72,7 +72,7 @@ def test_bad_values_are_named(path, value, message):
 
 def test_a_method_that_is_not_honoured_yet_is_refused():
     made = job("method", "Unconditional")
-    with pytest.raises(InvalidJobError, match=r"spec\.method: Unconditional: not supported yet: use LoRA or FineTune"):
+    with pytest.raises(InvalidJobError, match=r"spec\.method: Unconditional: not supported yet: use LoRA or Dream"):
         parse(made)
 
 
@@ -105,3 +105,34 @@ def test_identity_ignores_what_does_not_decide_the_weights():
     assert parse(job("checkpoint.interval", "5steps")).identity() == base
     assert parse(job("training.microBatchSize", 2)).identity() == base
     assert parse(job("training.seed", 7)).identity() != base
+
+
+def dreambooth(batch_size=4, **booth):
+    made = job("method", "DreamBooth")
+    made["spec"].pop("lora", None)
+    made["spec"]["dreamBooth"] = {"instancePrompt": "a photo of sks dog", **booth}
+    made["spec"].setdefault("training", {})["batchSize"] = batch_size
+    return made
+
+
+def test_dreambooth_needs_what_describes_its_class():
+    with pytest.raises(InvalidJobError, match=r"priorLossWeight is above 0, so classPrompt .* are needed"):
+        parse(dreambooth())
+    with pytest.raises(InvalidJobError, match="classImages"):
+        parse(dreambooth(classPrompt="a photo of a dog", classImages=0))
+    assert parse(dreambooth(priorLossWeight=0)).dream_booth.preserves_prior is False
+    assert parse(dreambooth(classPrompt="a photo of a dog")).dream_booth.preserves_prior is True
+
+
+def test_half_of_a_batch_are_class_images():
+    with pytest.raises(InvalidJobError, match=r"training.batchSize is 3, but half of each batch are class images"):
+        parse(dreambooth(3, classPrompt="a photo of a dog"))
+    assert parse(dreambooth(3, priorLossWeight=0)).batch_size == 3
+
+
+def test_early_stopping_needs_something_to_go_by():
+    made = job("validation", {"earlyStopping": {}})
+    assert parse(made).validation.early_stopping.patience == 4
+    made["spec"]["dataset"]["validation"] = {"fraction": 0}
+    with pytest.raises(InvalidJobError, match=r"earlyStopping goes by held-out images, but .*fraction is 0"):
+        parse(made)

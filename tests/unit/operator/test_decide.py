@@ -224,6 +224,9 @@ class TestEnd:
         assert condition(decision, "PodsReady") == ("False", "AttemptEnded")
         assert status.output.files[0].name == "kohya/cats.safetensors"
         assert status.message == "as the trainer says (1 image was left out)"
+        early = last_word(0, step=600, output=files, progress=make_progress(600), stoppedEarlyAt=600)
+        decision = ask(job, ended(job, terminated(0, message=early), phase="Succeeded"))
+        assert condition(decision, "Complete") == ("True", "StoppedEarly")
         assert status.progress.done == "100%"
         assert decision.create == ()
 

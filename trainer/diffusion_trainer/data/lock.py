@@ -66,6 +66,11 @@ class DatasetLock:
         return tuple(i for i, image in enumerate(self.images) if image.split == "train")
 
     @property
+    def instances(self) -> tuple[int, ...]:
+        """Return the indices of the training images that are no class images."""
+        return tuple(i for i in self.training if self.images[i].role == "instance")
+
+    @property
     def held_out(self) -> tuple[int, ...]:
         """Return the indices of the images of the validation split."""
         return tuple(i for i, image in enumerate(self.images) if image.split == "validation")
