@@ -6,6 +6,7 @@ No operator stands here all the time: each test starts its own.
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -44,14 +45,23 @@ def created(installation: Installation, user: User) -> list[str]:
     return [found["name"] for found in done if found["resource"] == "pods"]
 
 
+def set_back(installation: Installation, user: User, **status: Any) -> None:
+    """Let time have passed: change instants in the status, as nobody but a test may. No test waits for a deadline."""
+    installation.kube.api.patch(JOBS, "cats", {"status": status}, namespace=user.namespace, subresource="status")
+
+
+LONG_AGO = "2026-01-02T03:04:05Z"
+
+
 def test_a_deadline_that_passes_while_the_operator_is_away(place: Place, installation: Installation) -> None:
     """It is told to stop by one operator, ends without any, and is judged by a third."""
     user, kubelet = place
-    policy = {"activeDeadlineSeconds": 2, "backoffLimit": 0}
+    policy = {"activeDeadlineSeconds": 1000, "backoffLimit": 0}
     with OperatorProcess(installation, namespace=user.namespace):
         user.create(make_job(runPolicy=policy))
         kubelet.run("cats-1-0")
         assert "startTime" in user.wait_phase("Preparing")
+    set_back(installation, user, startTime=LONG_AGO)
     with OperatorProcess(installation, namespace=user.namespace):
         told = installation.kube.wait_for(
             "pods", "cats-1-0", lambda pod: "deletionTimestamp" in pod["metadata"], namespace=user.namespace
@@ -71,11 +81,14 @@ def test_a_deadline_that_passes_while_the_operator_is_away(place: Place, install
 def test_a_pod_that_finds_no_node_in_time(place: Place, installation: Installation) -> None:
     user, kubelet = place
     with OperatorProcess(installation, namespace=user.namespace):
-        user.create(make_job(runPolicy={"pendingDeadlineSeconds": 3}))
+        user.create(make_job(runPolicy={"pendingDeadlineSeconds": 1000}))
         kubelet.wait_for_pod("cats-1-0")
         said = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
         unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said}
         kubelet.patch("cats-1-0", conditions=[unschedulable])
+        said_so = lambda job: job.get("status", {}).get("pending", {}).get("cause") == "NoSuchNode"  # noqa: E731
+        installation.kube.wait_for(JOBS, "cats", said_so, namespace=user.namespace)
+        set_back(installation, user, placement={"waitsSince": LONG_AGO})
         status = user.wait_phase("Failed")
         assert condition(user.job(), "Failed")["reason"] == "PendingDeadlineExceeded"
         assert "NoSuchNode: none of 0 nodes has nvidia.com/gpu; add nodes" in status["message"]
@@ -89,11 +102,12 @@ def test_deletion_by_time_across_a_restart(place: Place, installation: Installat
     """Nothing is made anew after the pod of a finished job is gone, and the time runs on while nobody watches."""
     user, kubelet = place
     with OperatorProcess(installation, namespace=user.namespace):
-        user.create(make_job(runPolicy={"ttlSecondsAfterFinished": 4}))
+        user.create(make_job(runPolicy={"ttlSecondsAfterFinished": 1000}))
         kubelet.run("cats-1-0")
         kubelet.end("cats-1-0", 0, message=last_word(0))
-        user.wait_phase("Complete")
+        ended = user.wait_phase("Complete")["conditions"]
     kubelet.remove("cats-1-0")
+    set_back(installation, user, conditions=[entry | {"lastTransitionTime": LONG_AGO} for entry in ended])
     with OperatorProcess(installation, namespace=user.namespace):
         wait_until(lambda: is_gone(installation, user), describe="the job to go")
     assert created(installation, user) == ["cats-1-0"]
@@ -103,11 +117,13 @@ def test_deletion_by_time_across_a_restart(place: Place, installation: Installat
 def test_a_crash_at_the_deletion(place: Place, installation: Installation, when: str) -> None:
     user, kubelet = place
     with OperatorProcess(installation, namespace=user.namespace):
-        user.create(make_job(runPolicy={"ttlSecondsAfterFinished": 2}))
+        user.create(make_job(runPolicy={"ttlSecondsAfterFinished": 1000}))
         kubelet.run("cats-1-0")
         kubelet.end("cats-1-0", 0, message=last_word(0))
         user.wait_phase("Complete")
         wait_until(lambda: "Complete" in user.reasons(), describe="the last event")
+        ended = user.job()["status"]["conditions"]
+    set_back(installation, user, conditions=[entry | {"lastTransitionTime": LONG_AGO} for entry in ended])
     crashing = OperatorProcess(installation, namespace=user.namespace, failpoint=f"delete:1:{when}")
     assert crashing.wait() == 137
     assert is_gone(installation, user) == (when == "after")
