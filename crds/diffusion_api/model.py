@@ -30,6 +30,7 @@ class Model(ApiModel):
     family: Literal["Auto", "SD1", "SD2", "SDXL", "SD3", "UNet2D"] = "Auto"
     """Architecture; Auto reads it from the model's own configuration."""
     vae: Uri | None = None
-    """Another VAE than the model's own."""
+    """Another VAE than the model's own: its folder in diffusers layout, or that of a model that has it. It is exported
+    with a model that is trained as a whole."""
     text_encoder: TextEncoder = Field(default_factory=TextEncoder)
     """Training of the text encoders."""

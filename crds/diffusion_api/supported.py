@@ -24,7 +24,6 @@ class Limit:
 LIMITS = (
     Limit("method", ("LoRA", "DreamBooth", "FineTune", "FromScratch", "TextualInversion")),
     Limit("model.revision", (None,)),
-    Limit("model.vae", (None,)),
     Limit("dataset.format", ("Auto", "ImageFolder", "Sidecar")),
     Limit("dataset.captions.generate", ("Never",)),
     Limit("dataset.captions.model", (None,)),
@@ -67,6 +66,8 @@ def unsupported(spec: JobSpec, *, local: bool = False) -> Iterator[tuple[str, ob
 
 def _locations(spec: JobSpec) -> Iterator[tuple[str, str]]:
     yield "model.source", spec.model.source
+    if spec.model.vae is not None:
+        yield "model.vae", spec.model.vae
     if spec.dataset.source is not None:
         yield "dataset.source", spec.dataset.source
     for number, concept in enumerate(spec.dataset.concepts or ()):

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from diffusion_api.job import TrainerSpec
+from diffusion_api.run import RunConfig
 from diffusion_api.validation import SamplePrompt
 from diffusion_trainer.data.transforms import Variant, geometry
-from diffusion_trainer.models import open_model
+from diffusion_trainer.models import fetch_model, open_model
 from diffusion_trainer.rng import Purpose, stream
 from diffusion_trainer.sampling import sample_grid
+from diffusion_trainer.stores import open_stores
 from testkit.tiny_families import FAMILY_OF, make_tiny
 
 TEXTS = ["SD2", "SDXL", "SD3"]
@@ -293,6 +295,29 @@ def test_latents_are_shifted_and_scaled_as_published(opened, pipelines, architec
         back = pipe.vae.decode(mean / scale + shift).sample
     wanted = ((back / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1)
     assert (family.decode(mean).float() - wanted).abs().max() <= 0.51
+
+
+def test_another_vae_is_used_and_counts_for_the_cache(opened, folders, tmp_path):
+    """The whole way: what `model.vae` names is fetched, encodes, decodes, and gives the cache other names."""
+    own, donor = opened("SD2"), opened("SDXL")  # whose scale is another one
+    sections = {
+        "method": "LoRA",
+        "model": {"source": folders("SD2").as_uri(), "vae": folders("SDXL").as_uri()},
+        "dataset": {"source": folders("SD2").as_uri()},
+        "output": {"destination": folders("SD2").as_uri()},
+    }
+    job = {"name": "a", "namespace": "b", "uid": "c"}
+    run = RunConfig.model_validate({"job": job, "attempt": 1, "device": "CPU", "spec": sections})
+    stores = open_stores(run, credentials=tmp_path)
+    folder = fetch_model(stores.model, tmp_path / "work", report=lambda _: None)
+    family = open_model(folder, run.spec, device="cpu", dtype=torch.float32)
+    pixels = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    mean, _ = family.encode_images(pixels)
+    assert torch.equal(mean, donor.encode_images(pixels)[0])
+    assert not torch.allclose(mean, own.encode_images(pixels)[0])
+    assert torch.equal(family.decode(mean), donor.decode(mean))
+    assert family.vae_hash() == donor.vae_hash() != own.vae_hash()
+    assert family.text_hash() == own.text_hash()
 
 
 def test_the_latents_of_an_unconditional_model_are_its_pixels(opened):

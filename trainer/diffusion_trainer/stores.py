@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusion_api import names
 from diffusion_api.run import RunConfig
+from diffusion_trainer.models.sources import Source, WithOtherVae
 from diffusion_trainer.objectstore import Credentials, ObjectStore, join_uri, open_store
 from diffusion_trainer.objectstore.settings import TransferSettings
 
@@ -20,7 +21,7 @@ class Stores:
     `state` is the folder of the job's resumable state, and `open_state` opens that in another process.
     """
 
-    model: ObjectStore
+    model: Source
     datasets: tuple[ObjectStore, ...]
     output: ObjectStore
     state: ObjectStore
@@ -40,8 +41,9 @@ def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings
         settings=settings,
     )
     open_state = partial(opened, join_uri(spec.output.destination, names.checkpoint_prefix(run.job.uid)))
+    model: Source = opened(spec.model.source)
     return Stores(
-        model=opened(spec.model.source),
+        model=WithOtherVae(model, opened(spec.model.vae)) if spec.model.vae else model,
         datasets=tuple(opened(source) for source in spec.dataset.sources),
         output=opened(spec.output.destination),
         state=open_state(),

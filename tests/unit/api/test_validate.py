@@ -40,6 +40,7 @@ def test_epochs_count_batches():
         ("dataset", {}, "set exactly one of dataset.source and dataset.concepts"),
         ("dreamBooth", {"instancePrompt": "a"}, "dreamBooth does not belong to method LoRA"),
         ("model.source", "ftp://x/yyyy", "spec.model.source: ftp://x/yyyy: not supported yet: use s3://"),
+        ("model.vae", "gs://x/vae/", "spec.model.vae: gs://x/vae/: not supported yet: use s3://"),
         ("dataset.source", "file:///tmp/x", "spec.dataset.source: file:///tmp/x: not supported yet: use s3://"),
         (
             "dataset",

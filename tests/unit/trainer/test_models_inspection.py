@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from diffusion_api.job import TrainerSpec
-from diffusion_trainer.errors import BadData, InputMissing
+from diffusion_trainer.errors import BadConfig, BadData, InputMissing
 from diffusion_trainer.models import fetch_model, open_model
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, family_of
+from diffusion_trainer.models.inspection import TRAINABLE, check_files, family_of, trainable_family
+from diffusion_trainer.models.sources import WithOtherVae
+from diffusion_trainer.models.survey import look_at
 from diffusion_trainer.objectstore import open_store
 
 INDEX = {
@@ -238,6 +240,50 @@ def test_fetching_takes_what_is_needed_and_no_more(folder, tmp_path):
     got = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     assert got == {*FILES, "tokenizer/vocab.json", "tokenizer/merges.txt"}
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("inside", ["", "vae/"])
+def test_another_vae_takes_the_place_of_the_models_own(folder, tmp_path, inside):
+    other = tmp_path / "other"
+    write(other / f"{inside}config.json", {"_class_name": "AutoencoderKL", "scaling_factor": 2})
+    write(other / f"{inside}diffusion_pytorch_model.safetensors", {"other": 1})
+    write(other / f"{inside}README.md", {})
+    if inside:
+        write(other / "unet/config.json", {"_class_name": "Another"})
+    write(folder / "vae/merges.txt", {})
+    source = WithOtherVae(open_store(folder.as_uri()), open_store(other.as_uri()))
+    copy = fetch_model(source, tmp_path / "work", report=lambda _: None)
+    assert json.loads((copy / "vae/config.json").read_text())["scaling_factor"] == 2
+    assert b"other" in (copy / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    assert sorted(path.name for path in (copy / "vae").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert json.loads((copy / "unet/config.json").read_text()) == FILES["unet/config.json"]
+
+
+def test_a_vae_that_is_not_there_is_missing_input(folder, tmp_path):
+    write(tmp_path / "other/readme.txt", {})
+    source = WithOtherVae(open_store(folder.as_uri()), open_store((tmp_path / "other").as_uri()))
+    with pytest.raises(
+        InputMissing, match=r"model\.vae file://.*/other/ has no config\.json; give the folder of a VAE"
+    ):
+        fetch_model(source, tmp_path / "work", report=lambda _: None)
+
+
+def test_a_vae_is_looked_at_like_the_rest(folder, tmp_path):
+    write(tmp_path / "other/config.json", {"_class_name": "Evil"})
+    write(tmp_path / "other/diffusion_pytorch_model.safetensors", None)
+    source = WithOtherVae(open_store(folder.as_uri()), open_store((tmp_path / "other").as_uri()))
+    model = spec(folder, vae=(tmp_path / "other").as_uri()).model
+    with pytest.raises(BadData, match="names the class 'Evil' for vae"):
+        look_at(model, source, work=tmp_path / "work")
+
+
+def test_a_model_without_a_vae_gets_none(folder):
+    write(folder / "model_index.json", INDEX | {"_class_name": "DDPMPipeline"})
+    with pytest.raises(BadConfig, match=r"model\.vae: .* UNet2D works on pixels and has no VAE; leave it out"):
+        trainable_family(folder, spec(folder, vae=folder.as_uri()).model)
 
 
 def test_fetching_what_is_no_model_is_missing_input(tmp_path):

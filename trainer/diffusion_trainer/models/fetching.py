@@ -7,14 +7,14 @@ from pathlib import Path
 
 from diffusion_trainer.errors import BadData, InputMissing
 from diffusion_trainer.models.inspection import INDEX, TRAINABLE, Component, is_shard
-from diffusion_trainer.objectstore import ObjectStore
+from diffusion_trainer.models.sources import Source
 from diffusion_trainer.objectstore.parallel import in_parallel
 
 _PARALLEL = 4
 _SMALL_SUFFIXES = (".json", ".txt")
 
 
-def fetch_model(source: ObjectStore, work: Path, *, report: Callable[[str], None]) -> Path:
+def fetch_model(source: Source, work: Path, *, report: Callable[[str], None]) -> Path:
     """Download the files that loading needs (JSON, tokenizer, safetensors) and return their folder below `work`.
 
     Files that are there with the right size are kept: what was downloaded appears whole or not at all.
@@ -38,7 +38,7 @@ def fetch_model(source: ObjectStore, work: Path, *, report: Callable[[str], None
     return folder
 
 
-def wanted_files(source: ObjectStore) -> dict[str, int]:
+def wanted_files(source: Source) -> dict[str, int]:
     """Return the keys that loading may read and their bytes. Raises like `fetch_model`."""
     found = {info.key: info.size for info in source.list()}
     if INDEX not in found:

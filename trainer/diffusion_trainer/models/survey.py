@@ -10,7 +10,7 @@ from diffusion_api.memory_table import Architecture
 from diffusion_api.model import Model
 from diffusion_trainer.models.fetching import wanted_files
 from diffusion_trainer.models.inspection import TRAINABLE, check_files, read_json, trainable_family
-from diffusion_trainer.objectstore import ObjectStore
+from diffusion_trainer.models.sources import Source
 from diffusion_trainer.objectstore.parallel import in_parallel
 
 _PARALLEL = 8
@@ -25,7 +25,7 @@ class Found:
     architecture: Architecture | None
 
 
-def look_at(model: Model, source: ObjectStore, *, work: Path) -> Found:
+def look_at(model: Model, source: Source, *, work: Path) -> Found:
     """Check a model's files by their names and configurations. Weights are not downloaded: an empty file stands in.
 
     Raises:

@@ -1,0 +1,67 @@
+"""Where a model's files come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from diffusion_trainer.errors import InputMissing
+from diffusion_trainer.objectstore.base import ObjectInfo
+
+_VAE, _CONFIG = "vae/", "config.json"
+
+
+class Source(Protocol):
+    """What is asked of the store of a model."""
+
+    @property
+    def uri(self) -> str:
+        """Return the URI of the model's folder, for messages."""
+        ...
+
+    def list(self) -> Iterator[ObjectInfo]:
+        """Yield the model's files."""
+        ...
+
+    def get_to_file(self, key: str, path: Path) -> ObjectInfo:
+        """Download one of them."""
+        ...
+
+
+class WithOtherVae:
+    """A model whose folder `vae/` is another one: that of a VAE alone, or of another model."""
+
+    def __init__(self, model: Source, vae: Source) -> None:
+        self._model = model
+        self._vae = vae
+        self._inside = ""
+
+    @property
+    def uri(self) -> str:
+        """Return the URI of the model's folder."""
+        return self._model.uri
+
+    def list(self) -> Iterator[ObjectInfo]:
+        """Yield the model's files but those of its VAE, and the other VAE's in their place.
+
+        Raises `InputMissing` when there is no VAE at that place.
+        """
+        yield from (info for info in self._model.list() if not info.key.startswith(_VAE))
+        others = {info.key: info for info in self._vae.list()}
+        if _CONFIG not in others and _VAE + _CONFIG not in others:
+            raise InputMissing(
+                f"model.vae {self._vae.uri} has no {_CONFIG}; give the folder of a VAE, or of a model, in diffusers "
+                "layout"
+            )
+        self._inside = "" if _CONFIG in others else _VAE
+        for key, info in others.items():
+            if key.startswith(self._inside):
+                yield replace(info, key=_VAE + key.removeprefix(self._inside))
+
+    def get_to_file(self, key: str, path: Path) -> ObjectInfo:
+        """Download a file that `list` named."""
+        if key.startswith(_VAE):
+            return self._vae.get_to_file(self._inside + key.removeprefix(_VAE), path)
+        return self._model.get_to_file(key, path)
