@@ -16,12 +16,16 @@ from diffusion_api.method import MEMBERS, PRIOR_MESSAGE, DreamBooth, FineTune, L
 from diffusion_api.model import Family, Model
 from diffusion_api.output import Credentials, Output
 from diffusion_api.resources import Notification, PodOverrides, Resources, RunPolicy
-from diffusion_api.training import DEFAULTS, OPTIMIZER_DEFAULTS, Training
+from diffusion_api.training import DEFAULTS, OPTIMIZER_DEFAULTS, WHOLE_DREAMBOOTH_LEARNING_RATE, Training
 from diffusion_api.validation import Checkpoint, Tracking, Validation
 
 _IMMUTABLE = ("method", "model", "dataset", "training", "validation", "output", "resources")
 _IMMUTABLE_OPTIONAL = ("lora", "dreamBooth", "fineTune", "textualInversion")
 _HOW_TO_CHANGE = "cannot be changed: it decides the result. Delete the job, or create another one under a new name"
+_ODD_BATCH = (
+    "training.batchSize is odd, but half of each batch are class images: use an even number, or "
+    "dreamBooth.priorLossWeight: 0"
+)
 _NOTHING_HELD_OUT = (
     "validation.earlyStopping goes by held-out images, but dataset.validation.fraction is 0: use 0.05, or leave "
     "earlyStopping out"
@@ -63,9 +67,7 @@ def _spec_rules() -> list[Cel]:
         Cel(
             "!has(self.dreamBooth) || self.dreamBooth.priorLossWeight == 0.0 || !has(self.training.batchSize) || "
             "self.training.batchSize % 2 == 0",
-            '"training.batchSize is " + string(self.training.batchSize) + ", but half of each batch are class images: '
-            'use an even number, or dreamBooth.priorLossWeight: 0"',
-            expression=True,
+            _ODD_BATCH,
             field=".training.batchSize",
         ),
         Cel(
@@ -146,10 +148,7 @@ class TrainerSpec(ApiModel):
             if not (booth.class_prompt and booth.class_images):
                 raise ValueError(f"dreamBooth: {PRIOR_MESSAGE}")
             if self.batch_size % 2:
-                raise ValueError(
-                    f"training.batchSize is {self.batch_size}, but half of each batch are class images: use an even "
-                    "number, or dreamBooth.priorLossWeight: 0"
-                )
+                raise ValueError(_ODD_BATCH)
         if self.validation.early_stopping and not self.dataset.validation.fraction:
             raise ValueError(_NOTHING_HELD_OUT)
         return self
@@ -172,6 +171,11 @@ class TrainerSpec(ApiModel):
         whole = self.dream_booth.adapter == "None" if self.dream_booth else self.method != "LoRA"
         return "Weights" if whole else "Adapter"
 
+    @property
+    def begins_anywhere(self) -> bool:
+        """Whether the denoiser's weights may be missing: random ones stand in for them."""
+        return self.method in {"FromScratch", "Unconditional"}
+
     def misfits(self, family: Family) -> Iterator[tuple[str, object, str]]:
         """Yield (path, value, reason and remedy) of what the job asks for and a model of that family cannot do."""
         parts = self.fine_tune.parts if self.fine_tune else None
@@ -186,7 +190,9 @@ class TrainerSpec(ApiModel):
     def learning_rate(self) -> float:
         """Peak learning rate."""
         usual = OPTIMIZER_DEFAULTS[self.training.optimizer.name]
-        methods = usual.learning_rate or usual.learning_rate_factor * DEFAULTS[self.method].learning_rate
+        whole = self.method == "DreamBooth" and self.trains == "Weights"
+        rate = WHOLE_DREAMBOOTH_LEARNING_RATE if whole else DEFAULTS[self.method].learning_rate
+        methods = usual.learning_rate or usual.learning_rate_factor * rate
         return self.training.learning_rate or methods
 
     def total_steps(self, batches_per_epoch: int) -> int:

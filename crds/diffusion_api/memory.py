@@ -180,21 +180,25 @@ def _resident(spec: TrainerSpec, network: Network, *, trained: Trained) -> dict[
 
 def _text_in_loop(spec: TrainerSpec, family: Architecture, *, micro_batch: int, recomputed: bool) -> dict[str, float]:
     """Return what text encoders add to a step where they are in it."""
-    inverts = spec.method == "TextualInversion"
-    if not (spec.model.text_encoder.train or inverts):
+    if not (spec.model.text_encoder.train or spec.trains == "Embedding"):
         return {}
     network, low = NETWORKS[family], spec.training.mixed_precision != "FP32"
     count = sum(network.text_encoders)
-    per_parameter = 4 if inverts else 8 + STATE_BYTES[spec.training.optimizer.name] + 4 * spec.training.ema.enabled
+    # Always in fp32; adapters on them and new words are too few to count.
+    learning = 4 + STATE_BYTES[spec.training.optimizer.name] + 4 * spec.training.ema.enabled
+    per_parameter = 4 + (learning if spec.trains == "Weights" else 0)
     line = ACTIVATIONS.get(_case(family, "TextEncoders", low=low, recomputed=recomputed), Line(0, 0, 0))
     return {"text encoders": per_parameter * count + _at(line, micro_batch, 0)}
 
 
 def _preparation(spec: TrainerSpec, network: Network) -> dict[str, float]:
-    """Return the bytes while the cache is built: the denoiser is there already, encoders are in fp32."""
+    """Return the bytes while the cache is built: the denoiser is there already, encoders are in fp32.
+
+    A denoiser whose weights are trained is in fp32 from the beginning.
+    """
     images = max(1, PIXELS_ENCODED_AT_A_TIME // spec.dataset.resolution**2)
     return {
-        "weights": (network.parameters + network.buffers) * _bytes(spec),
+        "weights": (network.parameters + network.buffers) * (4 if spec.trains == "Weights" else _bytes(spec)),
         "encoders": _encoders(spec, network),
         "activations": network.encoding * images * network.latents(spec.dataset.resolution),
     }

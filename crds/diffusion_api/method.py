@@ -48,7 +48,7 @@ class DreamBooth(ApiModel):
     """Class images to train with. The base model draws them before the training, and they are kept beside the
     checkpoints. Every other image of a batch is one of them."""
     adapter: Literal["LoRA", "None"] = "LoRA"
-    """`LoRA` trains adapters (see lora), `None` the whole denoiser."""
+    """`LoRA` trains adapters (see lora), `None` the whole denoiser, by default with a learning rate of 5e-6."""
 
     @property
     def preserves_prior(self) -> bool:

@@ -22,7 +22,6 @@ class Limit:
 
 
 LIMITS = (
-    Limit("method", ("LoRA", "DreamBooth", "FineTune", "FromScratch", "TextualInversion")),
     Limit("model.revision", (None,)),
     Limit("dataset.format", ("Auto", "ImageFolder", "Sidecar")),
     Limit("dataset.captions.generate", ("Never",)),

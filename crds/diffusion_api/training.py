@@ -155,6 +155,10 @@ DEFAULTS: dict[Method, MethodDefaults] = {
 }
 
 
+WHOLE_DREAMBOOTH_LEARNING_RATE = 5e-6
+"""Of DreamBooth without an adapter, as in Ruiz et al. 2022 and diffusers' example."""
+
+
 class Training(ApiModel):
     """How it is trained."""
 

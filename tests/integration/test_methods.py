@@ -1,12 +1,15 @@
 """What each method makes trainable in a tiny model of the real classes, and that the model means what it meant."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 from diffusion_api.job import TrainerSpec
-from diffusion_trainer.errors import BadConfig, BadData
-from diffusion_trainer.methods import attach, check_captions
+from diffusion_trainer.errors import BadConfig, BadData, InputMissing
+from diffusion_trainer.methods import attach, check_captions, supply_denoiser
 from diffusion_trainer.models import open_model
 from testkit.tiny import make_tiny_sd1
 
@@ -131,6 +134,46 @@ def test_from_scratch_forgets_the_model_and_nothing_else(folder):
     again = opened(job, folder)
     attach(again, job, seed=1)
     assert torch.equal(predicted(again), predicted(family))
+
+
+def without_weights(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    return bare
+
+
+def test_a_configuration_is_enough_for_training_from_scratch(folder, tmp_path):
+    """Every attempt makes the same base model of it."""
+    job, digests = spec(folder, "FromScratch"), []
+    for attempt in ("1", "2"):
+        bare = without_weights(folder, tmp_path / attempt)
+        supply_denoiser(bare, job, seed=1)
+        family = opened(job, bare)
+        before = predicted(family)
+        attach(family, job, seed=1)
+        assert torch.equal(predicted(family), before)
+        digests.append(family.file_hashes()["unet/diffusion_pytorch_model.safetensors"])
+    assert digests[0] == digests[1]
+
+
+def test_other_methods_need_the_weights_and_scratch_leaves_them_alone(folder, tmp_path):
+    bare, job = without_weights(folder, tmp_path), spec(folder)
+    supply_denoiser(bare, job, seed=1)
+    with pytest.raises(InputMissing, match=r"unet/diffusion_pytorch_model\.safetensors is missing"):
+        opened(job, bare)
+    published = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    supply_denoiser(folder, spec(folder, "FromScratch"), seed=1)
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == published
+
+
+def test_nothing_is_built_from_a_configuration_that_names_another_class(folder, tmp_path):
+    bare = without_weights(folder, tmp_path)
+    config = bare / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "StableUnCLIPPipeline"}))
+    with pytest.raises(BadData, match="StableUnCLIPPipeline"):
+        supply_denoiser(bare, spec(folder, "FromScratch"), seed=1)
+    assert not list((bare / "unet").glob("*.safetensors"))
 
 
 # --- new words ---

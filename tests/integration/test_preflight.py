@@ -232,6 +232,19 @@ class TestFolders:
         job.spec["model"]["family"] = "SDXL"
         assert_ends(job, ExitCode.BAD_DATA, "model.family is SDXL", "is SD1")
 
+    def test_training_from_scratch_needs_no_weights_of_the_denoiser(self, job):
+        (job.copied("model") / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        assert_ends(job, ExitCode.INPUT_MISSING, "unet/diffusion_pytorch_model.safetensors is missing")
+        job.spec["method"] = "FromScratch"
+        assert_ends(job, ExitCode.DONE, "preflight passed")
+
+    def test_the_method_cannot_train_the_models_family(self, job):
+        """What the API server finds where the family is written down, the preflight finds where it is Auto."""
+        job.spec["method"] = "Unconditional"
+        assert_ends(
+            job, ExitCode.BAD_CONFIG, "method: method Unconditional cannot train family SD1: it draws from text: use"
+        )
+
     @pytest.mark.skipif(os.geteuid() != 0, reason="a read-only mount is made with root's rights")
     def test_the_destination_cannot_be_written(self, job):
         out = job.work / "out"

@@ -16,6 +16,7 @@ from diffusion_trainer.data.folders import folders_of
 from diffusion_trainer.data.survey import Survey, survey
 from diffusion_trainer.endings import Ending
 from diffusion_trainer.errors import BadConfig, StorageUnavailable, TrainerError
+from diffusion_trainer.models.inspection import check_fit
 from diffusion_trainer.models.survey import Found, look_at
 from diffusion_trainer.objectstore import ObjectStore
 from diffusion_trainer.objectstore.settings import TransferSettings
@@ -25,6 +26,8 @@ from diffusion_trainer.stores import open_stores
 
 ATTEMPT = 0
 """Number under which a preflight speaks: it comes before the first attempt."""
+_FIELDS = ("dataset.", "model.", "output.", "method:", "fineTune.")
+"""What a message that names its field already begins with."""
 TRANSFER = TransferSettings(retries=2)
 """Patience with a storage that does not answer: a preflight that fails of it is tried again by whoever started it."""
 
@@ -50,7 +53,9 @@ def preflight(
         findings.append(_named("output.destination", error))
     try:
         board.say(f"model.source: reading {stores.model.uri}")
-        found = look_at(run.spec.model, stores.model, work=settings.work)
+        complete = not run.spec.begins_anywhere
+        found = look_at(run.spec.model, stores.model, work=settings.work, complete=complete)
+        check_fit(found.family, run.spec)
     except TrainerError as error:
         findings.append(_named("model.source", error))
     try:
@@ -94,7 +99,7 @@ def probe(store: ObjectStore) -> None:
 def _named(field: str, error: TrainerError) -> TrainerError:
     """Return the error with the field that it is about in front; messages that name a field already stay."""
     text = str(error)
-    return error if text.startswith(("dataset.", "model.", "output.")) else type(error)(f"{field}: {text}")
+    return error if text.startswith(_FIELDS) else type(error)(f"{field}: {text}")
 
 
 def _first(findings: list[TrainerError]) -> TrainerError:

@@ -76,6 +76,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     methods.check_captions(spec, (lock.images[image].caption for image in lock.training))
     with peers.node_leader_first("model"):
         folder = models.fetch_model(stores.model, work, report=report)
+        methods.supply_denoiser(folder, spec, seed=seed)
     report("loading the model")
     family = models.open_model(folder, spec, device=device.torch, dtype=device.dtype)
     check_sizes(lock, family)

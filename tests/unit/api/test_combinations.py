@@ -81,3 +81,9 @@ def test_parts_that_a_family_has_not(family, sections, message):
 def test_an_adapters_section_without_an_adapter():
     with pytest.raises(ValueError, match=r"lora: dreamBooth.adapter is None"):
         spec("DreamBooth", dreamBooth={"instancePrompt": "a", "adapter": "None", "classPrompt": "b"}, lora={"rank": 4})
+
+
+def test_a_whole_denoiser_learns_dreambooth_slowly():
+    booth = {"instancePrompt": "a", "classPrompt": "b"}
+    assert spec("DreamBooth", dreamBooth=booth).learning_rate == 1e-4
+    assert spec("DreamBooth", dreamBooth=booth | {"adapter": "None"}).learning_rate == 5e-6

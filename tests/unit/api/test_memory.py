@@ -67,8 +67,20 @@ class TestGrowth:
         assert training(checkpointing=True, gradientCheckpointing="Never") < base
         assert training(gradientCheckpointing="Always") == training(checkpointing=True)
 
-    def test_trained_text_encoders_add_up(self):
+    def test_adapters_on_text_encoders_leave_them_frozen(self):
         spec = spec_of("LoRA", 512)
+        encoder = spec.model.text_encoder.model_copy(update={"train": True})
+        taught = spec.model_copy(update={"model": spec.model.model_copy(update={"text_encoder": encoder})})
+        more, less = (estimate(s, family="SD1", micro_batch=1).moments["Training"] for s in (taught, spec))
+        line = ACTIVATIONS["SD1/TextEncoders/BF16"]
+        assert (more - less) * GIB == pytest.approx((123_060_480 * 4 + line[0] + line[1]) * 1.05)
+
+    def test_weights_that_are_trained_are_in_fp32_while_the_cache_is_built(self):
+        low, whole = (need(method, "SD1").moments["Preparation"] for method in ("LoRA", "FineTune"))
+        assert (whole - low) * GIB == pytest.approx(859_520_964 * 2 * 1.05)
+
+    def test_trained_text_encoders_add_up(self):
+        spec = spec_of("FineTune", 512)
         encoder = spec.model.text_encoder.model_copy(update={"train": True})
         taught = spec.model_copy(update={"model": spec.model.model_copy(update={"text_encoder": encoder})})
         more = estimate(taught, family="SD1", micro_batch=1).moments["Training"]

@@ -9,5 +9,6 @@ Names of parameters are stable and sorted: checkpoints and exports depend on the
 from diffusion_trainer.methods.attaching import attach, check_captions
 from diffusion_trainer.methods.base import Attached
 from diffusion_trainer.methods.conditioning import TextPath
+from diffusion_trainer.methods.random_denoiser import supply_denoiser
 
-__all__ = ["Attached", "TextPath", "attach", "check_captions"]
+__all__ = ["Attached", "TextPath", "attach", "check_captions", "supply_denoiser"]

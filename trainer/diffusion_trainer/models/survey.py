@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusion_api.memory import architecture_of
 from diffusion_api.memory_table import Architecture
+from diffusion_api.model import Family as FamilyName
 from diffusion_api.model import Model
 from diffusion_trainer.models.fetching import wanted_files
 from diffusion_trainer.models.inspection import TRAINABLE, check_files, read_json, trainable_family
@@ -21,12 +22,14 @@ _DENOISERS = ("unet", "transformer")
 class Found:
     """The family of a model, and the published network that its denoiser is, None where it is another one."""
 
-    family: str
+    family: FamilyName
     architecture: Architecture | None
 
 
-def look_at(model: Model, source: Source, *, work: Path) -> Found:
+def look_at(model: Model, source: Source, *, work: Path, complete: bool = True) -> Found:
     """Check a model's files by their names and configurations. Weights are not downloaded: an empty file stands in.
+
+    Without `complete` the denoiser may lack its weights.
 
     Raises:
         BadData, InputMissing: as loading would, damage within weights apart.
@@ -45,6 +48,9 @@ def look_at(model: Model, source: Source, *, work: Path) -> Found:
 
     in_parallel(fetch, sizes, parallel=_PARALLEL)
     family = trainable_family(folder, model)
+    for name in _DENOISERS:
+        if not complete and name in TRAINABLE[family] and (folder / name).is_dir():
+            (folder / name / TRAINABLE[family][name].weights).touch()
     check_files(folder, TRAINABLE[family])
     configs = (folder / name / "config.json" for name in _DENOISERS)
     config = next((read_json(path) for path in configs if path.is_file()), {})
