@@ -105,7 +105,7 @@ class Evaluator:
     def _tell(self) -> None:
         newest = self.curves.evaluations[-1]
         LOG.info("step %d validation_loss %.5f train_subset_loss %s", newest.step, newest.loss, newest.train_loss)
-        if text := overfitting.hint(self.curves.evaluations):
+        if text := overfitting.warning(self.curves.evaluations):
             self.warn(text)
 
     def _draw(self, step: int) -> None:

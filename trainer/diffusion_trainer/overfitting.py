@@ -94,3 +94,10 @@ def hint(evaluations: Sequence[Evaluation]) -> str:
                 f"of step {lowest.step}, while that of training images falls; set validation.earlyStopping"
             )
     return ""
+
+
+def warning(evaluations: Sequence[Evaluation]) -> str:
+    """Return the hint as it was first given, while there is one: a warning is told once, with the step it began at."""
+    if not hint(evaluations):
+        return ""
+    return next(text for count in range(1, len(evaluations) + 1) if (text := hint(evaluations[:count])))

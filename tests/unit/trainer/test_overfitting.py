@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_api.validation import EarlyStopping
 from diffusion_trainer.curves import Evaluation
-from diffusion_trainer.overfitting import advantage, best, hint, stops_after
+from diffusion_trainer.overfitting import advantage, best, hint, stops_after, warning
 
 PATIENT = EarlyStopping(patience=2, minDelta=0.01)
 
@@ -89,3 +89,13 @@ def test_with_few_images_the_hint_is_the_generalisation_loss():
     assert hint([first, replace(rising, loss=0.4199)]) == ""
     assert hint([first, replace(rising, train_loss=0.41)]) == ""  # both rise: that is no overfitting
     assert hint([first, replace(rising, train_loss=None)]) == ""
+
+
+def test_a_warning_stays_the_same_while_it_holds():
+    """Or each evaluation would add another one, and push others off the board."""
+    curve = [Evaluation(10 * i, 0.5, train_loss=0.4 - i / 100, advantage=0.4 + i / 20) for i in range(1, 6)]
+    told = [warning(curve[:count]) for count in range(1, 6)]
+    assert told[0] == ""
+    assert told[1].startswith("step 20")
+    assert len(set(told[1:])) == 1
+    assert warning([*curve, Evaluation(60, 0.5, train_loss=0.4, advantage=0.1)]) == ""
