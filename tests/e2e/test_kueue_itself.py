@@ -15,6 +15,9 @@ from testkit.kube import ApiError, Object, condition
 from testkit.pods import pod
 from testkit.waiting import wait_until
 
+# What the operator makes of these facts is tested with the same Kueue in integration/test_queues.py.
+pytestmark = pytest.mark.nightly
+
 GROUP = "kueue.x-k8s.io"
 QUEUE = f"{GROUP}/queue-name"
 FINALIZER = f"{GROUP}/managed"

@@ -89,15 +89,18 @@ class World(RuleBasedStateMachine):
     nodes = 1
     resources: ClassVar[Object] = {}
     policy: ClassVar[Object] = {"backoffLimit": 3}
+    labels: ClassVar[dict[str, str]] = {}
+    kind_of_cluster: ClassVar[type[MemoryCluster]] = MemoryCluster
     steps: ClassVar[int] = 0
     """Rules that were executed, over all examples."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now: datetime = NOW
-        self.cluster = MemoryCluster()
+        self.cluster = self.kind_of_cluster()
         self.cluster.add_profile(make_profile())
-        self.cluster.add_job(make_job(runPolicy=self.policy, resources={"nodes": self.nodes, **self.resources}))
+        resources = {"nodes": self.nodes, **self.resources}
+        self.cluster.add_job(make_job(metadata={"labels": self.labels}, runPolicy=self.policy, resources=resources))
         self.where: dict[str, Object] = {name: make_node(name) for name in NODES}
         self.excused: set[str] = set()
         self.given_up: set[str] = set()

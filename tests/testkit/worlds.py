@@ -1,4 +1,4 @@
-"""The world's variants: several pods, the preflight, limits, several choices, a job that its user deletes."""
+"""The world's variants: several pods, preflight, limits, several choices, a job that is deleted, a queue."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
+from diffusion_api import names
 from diffusion_operator import timestamps
 from testkit.builders import Object, make_profile
-from testkit.world import KEY, UID, World, attempt_of
+from testkit.fakes import MemoryCluster
+from testkit.queued import QueuedCluster
+from testkit.world import KEY, NODES, UID, World, attempt_of
 
 
 class TwoNodesWorld(World):
@@ -256,3 +259,76 @@ class DeletionWorld(World):
         knowledge = self.operator.knowledge
         left = (knowledge.jobs.get(UID), knowledge.pods.of_job(UID), UID in knowledge.told)
         assert left == (None, (), False), "something is remembered of a job that is gone"
+
+
+class QueuedWorld(World):
+    """Two pods in a queue of Kueue, which admits, evicts, and holds on to what has ended."""
+
+    nodes = 2
+    labels: ClassVar[dict[str, str]] = {names.LABEL_QUEUE: "main"}
+    kind_of_cluster: ClassVar[type[MemoryCluster]] = QueuedCluster
+    cluster: QueuedCluster
+
+    def look(self) -> float | None:
+        if self.final is not None:  # what follows from the end takes a few looks, and each hears of the one before
+            self.everything_is_read_again()
+        return super().look()
+
+    def run(self, name: str, node: str) -> None:
+        if "schedulingGates" not in self.cluster.pods["team-a", name]["spec"]:
+            super().run(name, node)
+
+    @rule()
+    def kueue_admits(self) -> None:
+        self.cluster.admit()
+
+    @rule()
+    def kueue_evicts(self) -> None:
+        for name in self.cluster.evict(self.seconds):
+            self.ways.setdefault(attempt_of(name), set()).add("evicted")
+
+    @rule(evicted=st.booleans())
+    def admitted_pods_run_and_end(self, evicted: bool) -> None:
+        """Chance alone seldom gets both ranks this far: they are evicted, or one succeeds and the other does not."""
+        self.everything_is_read_again()
+        self.look()
+        self.kueue_admits()
+        well = [node for node in NODES if not self.where[node]["spec"].get("taints")]
+        for name in self.pods("Pending") if well else []:
+            self.run(name, well[0])
+        if evicted:
+            self.kueue_evicts()
+        for name in self.alive("Running"):
+            self.end(name, "yielded" if evicted or name.endswith("-1") else "done")
+
+    def end(self, name: str, how: str) -> None:
+        super().end(name, how)
+        self.cluster.settle()
+
+    def vanish(self, name: str, *, seen: bool, how: str = "vanished") -> None:
+        """What Kueue holds does not vanish: it ends."""
+        pod = self.cluster.pods["team-a", name]
+        if "finalizers" not in pod["metadata"]:
+            super().vanish(name, seen=seen, how=how)
+        elif pod["spec"].get("nodeName"):
+            self.ways.setdefault(attempt_of(name), set()).add(how)
+            self.cluster.end_deletion(name, self.seconds)
+
+    def help_along(self, name: str, pod: Object) -> None:
+        self.cluster.admit()
+        pod = self.cluster.pods.get(("team-a", name), pod)
+        if name in self.pods("Pending", "Running"):
+            super().help_along(name, pod)
+
+    @invariant()
+    def pods_of_an_attempt_are_in_one_group(self) -> None:
+        groups: dict[int, set[str]] = {}
+        for (_, name), pod in self.cluster.pods.items():
+            groups.setdefault(attempt_of(name), set()).add(pod["metadata"]["labels"][names.LABEL_POD_GROUP])
+        assert all(len(found) == 1 for found in groups.values()), f"an attempt in several groups: {groups}"
+
+    def teardown(self) -> None:
+        """However it was left, the job comes to its end, and nothing of it holds quota any more."""
+        super().teardown()
+        held = [name for (_, name), pod in self.cluster.pods.items() if "finalizers" in pod["metadata"]]
+        assert not held, f"quota is held for ever: {held}"

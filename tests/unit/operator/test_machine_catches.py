@@ -22,7 +22,7 @@ from diffusion_operator.policies.preflight import preflight_first
 from diffusion_operator.policies.run_policy import backs_off
 from diffusion_operator.state import Case, SeenPod
 from testkit.world import LOST, World
-from testkit.worlds import ChoicesWorld, DeletionWorld, LimitedWorld, PreflightWorld
+from testkit.worlds import ChoicesWorld, DeletionWorld, LimitedWorld, PreflightWorld, QueuedWorld
 
 FIRST = "cats-1-0"
 
@@ -54,6 +54,9 @@ class Bugs:
 
     def preemption_uses_up_the_budget(self) -> None:
         self.plant.setitem(OF_CAUSE, Cause.PREEMPTED, replace(OF_CAUSE[Cause.PREEMPTED], action=Action.RETRY))
+
+    def places_are_never_given_back(self) -> None:
+        self.plant.setattr(deciding, "keep_up_with_kueue", lambda decision, _case: decision)
 
     def node_shutdowns_are_not_known(self) -> None:
         left = tuple(clue for clue in evidence.CLUES if clue is not evidence._node_made_room)
@@ -205,6 +208,17 @@ def no_room(world: World) -> None:
     check(world)
 
 
+def a_queued_job_fails(world: World) -> None:
+    assert isinstance(world, QueuedWorld)
+    world.admitted_pods_run_and_end(evicted=True)
+    followed(world)
+    world.kueue_admits()
+    for name in world.pods("Pending"):
+        world.run(name, "n1")
+        world.end(name, "bad config")
+    followed(world)
+
+
 FOUND: list[tuple[Callable[[Bugs], None], type[World], Story, str]] = [
     (Bugs.running_pods_are_taken_for_dead, World, time_goes_by, "two attempts at once"),
     (Bugs.numbers_are_used_again, World, ends("yielded"), "a number was used twice"),
@@ -221,6 +235,7 @@ FOUND: list[tuple[Callable[[Bugs], None], type[World], Story, str]] = [
     (Bugs.capacity_is_forgotten, ChoicesWorld, started, "another choice than its attempt"),
     (Bugs.every_wait_is_kept, ChoicesWorld, no_room, "push out what the job has been through"),
     (Bugs.moves_are_counted, ChoicesWorld, no_room, "counts as a preemption"),
+    (Bugs.places_are_never_given_back, QueuedWorld, a_queued_job_fails, "quota is held for ever"),
     (Bugs.preflights_are_left_out, PreflightWorld, started, "before its preflight had passed"),
 ]
 NAMES = [bug.__name__ for bug, *_ in FOUND]
