@@ -156,7 +156,3 @@ def make_image_folder(
     if captions == "ImageFolder":
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-MAKERS = {"SD1": make_tiny_sd1}
-"""What writes a tiny model of each family that can be trained."""
