@@ -82,7 +82,8 @@ def ours(plane: ControlPlane, folder: Path) -> Contender:
     def start() -> Iterator[dict[str, ServerProcess]]:
         crds = sorted((ROOT / "crds").glob("*.yaml"))
         _install(plane, [yaml.safe_load(crd.read_text()) for crd in crds])
-        profile = make_profile()
+        # As many pods on a node as it has GPUs, as with the others.
+        profile = make_profile(perGpu={"ephemeralStorage": "20Gi"})
         plane.kube.apply({**profile, "metadata": {"name": profile["metadata"]["name"]}})
         environment = {
             "KUBECONFIG": str(plane.user_kubeconfig("bench-ours", groups=ADMINISTRATORS)),

@@ -125,3 +125,8 @@ SAMPLES_PREFIX = "samples/"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
 LOGS_PREFIX = "logs/"
+
+
+def attempt_logs(job_uid: str, attempt: int) -> str:
+    """Return the prefix, below the output destination, of a failed attempt's logs, `rank-<n>.log`. Ends in a slash."""
+    return f"{LOGS_PREFIX}{job_uid}/attempt-{attempt}/"

@@ -153,6 +153,8 @@ class LastWord(ApiModel):
     """What a preflight, which is attempt 0, found out."""
     warnings: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=4)] = ()
     """What a user should know."""
+    log: Annotated[str, Field(max_length=1024)] | None = None
+    """Folder with the logs of a failed attempt's processes, where they could be put into the bucket."""
     last_lines: str = ""
     """End of the log; the first thing to be shortened."""
 

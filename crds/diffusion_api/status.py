@@ -150,6 +150,8 @@ class Attempt(ApiModel):
     """What happened and what to do."""
     last_lines: Annotated[str, Field(max_length=MAX_LAST_LINES)] = ""
     """End of the trainer's log."""
+    log: Annotated[str, Field(max_length=1024)] | None = None
+    """Folder in the bucket with the whole logs, after a failure: at most the last 256 KiB of each process."""
 
 
 class Counters(ApiModel):

@@ -196,7 +196,11 @@ def _ever_shorter(status: JobStatus) -> list[JobStatus]:
         # The newest attempt's words are what a person looks for: they stay longest.
         older = tuple(
             item.model_copy(
-                update={"last_lines": item.last_lines[-words:] if words else "", "message": item.message[: words or 64]}
+                update={
+                    "last_lines": item.last_lines[-words:] if words else "",
+                    "message": item.message[: words or 64],
+                    "log": item.log if words else None,
+                }
             )
             for item in attempts[1:]
         )
@@ -205,7 +209,7 @@ def _ever_shorter(status: JobStatus) -> list[JobStatus]:
     versions += [status.model_copy(update={"attempts": shortest[:kept]}) for kept in range(len(shortest) - 1, 0, -1)]
     if attempts:
         last = attempts[0].model_copy(
-            update={"last_lines": attempts[0].last_lines[-128:], "message": attempts[0].message[:256]}
+            update={"last_lines": attempts[0].last_lines[-128:], "message": attempts[0].message[:256], "log": None}
         )
         versions.append(status.model_copy(update={"attempts": (last,)}))
     return versions

@@ -135,6 +135,11 @@ def test_failures_of_a_step(job, kind, code, words):
     assert word["latestCheckpoint"]["step"] in {2, 4}
     if code == 1:
         assert "ZeroDivisionError" in word["lastLines"]
+    folder = names.attempt_logs(UID, 1)
+    assert word["log"] == f"file://{job.output}/{folder}"
+    kept = (job.output / folder / "rank-0.log").read_text()
+    assert "attempt 1 of" in kept
+    assert words in kept
     job.finish()  # nothing is in the way of the next attempt
     assert job.last_word()["resumedFromStep"] == 4  # what was in flight was finished first
 

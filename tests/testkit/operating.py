@@ -137,14 +137,15 @@ class OperatorProcess:
 
     def pause(self) -> None:
         """Stop it in its tracks, as a node does that hangs; `resume` ends it."""
-        os.kill(self._pid, signal.SIGSTOP)
+        os.kill(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let it go on after `pause`."""
-        os.kill(self._pid, signal.SIGCONT)
+        os.kill(self.pid, signal.SIGCONT)
 
     @property
-    def _pid(self) -> int:
+    def pid(self) -> int:
+        """Its process id."""
         if self._process.pid is None:
             raise RuntimeError("the operator was never started")
         return self._process.pid

@@ -52,8 +52,8 @@ def root_cause(endings: Sequence[Ending]) -> Ending:
     return min(endings, key=lambda ending: _CONSEQUENCES.get(ending.code, 0))
 
 
-def last_word(ending: Ending, board: Board, *, log_lines: Iterable[str]) -> str:
-    """Return the termination message: JSON that the kubelet keeps whole."""
+def last_word(ending: Ending, board: Board, *, log_lines: Iterable[str], log: str | None = None) -> str:
+    """Return the termination message: JSON that the kubelet keeps whole. `log` is where all of the log is."""
     state = board.state
     word = LastWord(
         attempt=board.attempt,
@@ -69,6 +69,7 @@ def last_word(ending: Ending, board: Board, *, log_lines: Iterable[str]) -> str:
         stopped_early_at=state.stopped_early_at,
         preflight=state.preflight,
         warnings=state.warnings[-_WARNING_LIMIT:],
+        log=log,
         last_lines="\n".join((*log_lines, *ending.lines)),
     )
     return word.to_message()

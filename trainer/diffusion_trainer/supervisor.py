@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -25,6 +26,7 @@ from pydantic import ValidationError
 
 from diffusion_api.outcomes import ExitCode
 from diffusion_api.run import RunConfig
+from diffusion_trainer.autopsy import Recorder, keep_log
 from diffusion_trainer.endings import Ending, ending_of, last_word, success
 from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.launching import adopt, introduce, launch, word_file, words_of
@@ -49,20 +51,22 @@ def supervise(settings: Settings, *, preflight: bool = False, place: Place | Non
 
     The termination message is written whatever happens. `place` is that of one training process among several.
     """
-    lines = start_log(place.rank if place else 0)
+    lines, recorder = start_log(place.rank if place else 0)
     board = Board(attempt=0)
     try:
         run = read_run(settings.run_file)
     except BadConfig as error:
-        return finish(ending_of(error), board, settings=settings, lines=lines)
+        return finish(ending_of(error), board, settings=settings, lines=lines, keep=_no_log)
     board.attempt = 0 if preflight else run.attempt
     stop = StopSignal(grace_seconds=run.grace_period_seconds)
+
+    keep = _no_log if preflight else partial(_keep_log, run, recorder, settings=settings, place=place)
 
     def leave(ending: Ending) -> None:
         """End the process from another thread than the one that trains."""
         if place is None:
             adopt(board, words_of(settings.work))
-        os._exit(finish(ending, board, settings=settings, lines=lines))
+        os._exit(finish(ending, board, settings=settings, lines=lines, keep=keep))
 
     def hear(_number: int, _frame: FrameType | None) -> None:
         stop.request()  # and not a word to the log, which may be in the middle of a line
@@ -85,7 +89,19 @@ def supervise(settings: Settings, *, preflight: bool = False, place: Place | Non
         ending = ending_of(error)
         if ending.lines:
             LOG.exception("unexpected end")
-    return finish(ending, board, settings=settings, lines=lines)
+    return finish(ending, board, settings=settings, lines=lines, keep=keep)
+
+
+def _no_log() -> str | None:
+    """Keep nothing: what a preflight finds is in its last word."""
+
+
+def _keep_log(run: RunConfig, recorder: Recorder, *, settings: Settings, place: Place | None) -> str | None:
+    """Put the log into the bucket; of several processes each does it for itself, and not what started them."""
+    if run.world_size > 1 and place is None:
+        return next((word.log for word in words_of(settings.work).values() if word.log), None)
+    rank = place.rank if place else 0
+    return keep_log(run, recorder.content(), rank=rank, credentials=settings.credentials)
 
 
 def _preflight(run: RunConfig, settings: Settings, *, board: Board, stop: StopSignal) -> Ending:
@@ -168,17 +184,32 @@ def read_run(path: Path) -> RunConfig:
         ) from error
 
 
-def finish(ending: Ending, board: Board, *, settings: Settings, lines: deque[str]) -> int:
-    """Write the termination message and return the exit code."""
-    level = logging.INFO if ending.code in {ExitCode.DONE, ExitCode.YIELDED} else logging.ERROR
-    LOG.log(level, "exit %d: %s", ending.code, ending.message)
-    try:
-        settings.termination_log.write_text(last_word(ending, board, log_lines=tuple(lines)))
-    except OSError as error:
-        LOG.warning("write %s: %s", settings.termination_log, error.strerror)
+def finish(
+    ending: Ending,
+    board: Board,
+    *,
+    settings: Settings,
+    lines: deque[str],
+    keep: Callable[[], str | None],
+) -> int:
+    """Write the termination message and return the exit code. `keep` puts the log of a failure where it stays."""
+    well = ending.code in {ExitCode.DONE, ExitCode.YIELDED}
+    LOG.log(logging.INFO if well else logging.ERROR, "exit %d: %s", ending.code, ending.message)
+    told = tuple(lines)
+    _say(last_word(ending, board, log_lines=told), settings.termination_log)
+    # The word is said before the log is put away, which may take longer than the pod may live.
+    if not well and (log := keep()):
+        _say(last_word(ending, board, log_lines=told, log=log), settings.termination_log)
     sys.stdout.flush()
     sys.stderr.flush()
     return int(ending.code)
+
+
+def _say(word: str, file: Path) -> None:
+    try:
+        file.write_text(word)
+    except OSError as error:
+        LOG.warning("write %s: %s", file, error.strerror)
 
 
 class Watchdog:
@@ -254,8 +285,8 @@ class _Tail(logging.Handler):
         self._lines.extend(self.format(record).splitlines())
 
 
-def start_log(rank: int = 0) -> deque[str]:
-    """Log to standard output, one plain line per event in UTC; return the deque that holds the last ones.
+def start_log(rank: int = 0) -> tuple[deque[str], Recorder]:
+    """Log to standard output, one plain line per event in UTC; return the last lines, and what keeps many more.
 
     All processes of a pod share its log; lines of others than rank 0 name theirs.
     """
@@ -266,10 +297,11 @@ def start_log(rank: int = 0) -> deque[str]:
     form.converter = time.gmtime
     root = logging.getLogger()
     root.handlers.clear()
-    for handler in (logging.StreamHandler(sys.stdout), _Tail(lines)):
+    recorder = Recorder()
+    for handler in (logging.StreamHandler(sys.stdout), _Tail(lines), recorder):
         handler.setFormatter(form)
         root.addHandler(handler)
     root.setLevel(logging.WARNING)  # of libraries only what matters
     LOG.setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
-    return lines
+    return lines, recorder

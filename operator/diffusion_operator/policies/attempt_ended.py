@@ -88,6 +88,7 @@ def close(case: Case, *, stopped_for: Ending | None = None) -> tuple[JobStatus, 
         exit_code=ending.exit_code,
         message=short(verdict.message),
         last_lines=ending.word.last_lines[-MAX_LAST_LINES:] if ending.word else "",
+        log=next((pod.last_word.log for pod in pods if pod.last_word and pod.last_word.log), None),
         nodes=nodes_of(pods) or attempt.nodes,
     )
     status = exclude(case, count(status, **verdict.counted), verdict.cause)
