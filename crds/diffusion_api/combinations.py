@@ -7,7 +7,8 @@ from typing import Literal
 
 from diffusion_api.meta import Cel
 from diffusion_api.method import Method
-from diffusion_api.model import Family
+from diffusion_api.model import Family, Model
+from diffusion_api.training import Objective
 
 TEXT_TO_IMAGE: tuple[Family, ...] = ("SD1", "SD2", "SDXL", "SD3")
 FAMILIES: dict[Method, tuple[Family, ...]] = {
@@ -52,6 +53,13 @@ _JOINT = "family SD3 has joint attention, and no cross-attention: use Attention"
 _T5 = "its T5 would have to learn the word, too, and no program loads such a file: use method LoRA"
 
 
+_NOISY = ("Epsilon", "VPrediction", "Sample")
+_FLOW = "family SD3 is a flow and stays one: use Auto"
+_NO_FLOW = "only family SD3 is a flow: use Auto"
+_NO_SHIFT = "only family SD3, which is a flow, has a shift: leave it out"
+_PIXELS = "family UNet2D works on pixels and has no VAE: leave it out"
+
+
 def unfit(method: Method, family: Family) -> str | None:
     """Return why a method does not train a family, and what to do instead; None where it does."""
     if family in FAMILIES[method]:
@@ -62,17 +70,30 @@ def unfit(method: Method, family: Family) -> str | None:
 
 
 def misfits(
-    method: Method, family: Family, *, trains_text: bool, parts: str | None
+    method: Method, family: Family, *, model: Model, parts: str | None, objective: Objective
 ) -> Iterator[tuple[str, object, str]]:
     """Yield (path, value, reason and remedy) of what a job asks for and its family cannot do."""
     reason = unfit(method, family)
     if reason is not None:
         yield "method", method, f"method {method} cannot train family {family}: {reason}"
         return
-    if trains_text and family in _NO_TEXT:
+    if model.text_encoder.train and family in _NO_TEXT:
         yield "model.textEncoder.train", True, _NO_TEXT[family]
+    if model.vae is not None and family == "UNet2D":
+        yield "model.vae", model.vae, _PIXELS
     if parts == "CrossAttention" and family == "SD3":
         yield "fineTune.parts", parts, _JOINT
+    yield from _objectives(family, objective)
+
+
+def _objectives(family: Family, objective: Objective) -> Iterator[tuple[str, object, str]]:
+    predicted = objective.prediction_type
+    if family == "SD3" and predicted in _NOISY:
+        yield "training.objective.predictionType", predicted, _FLOW
+    if family != "SD3" and predicted == "Flow":
+        yield "training.objective.predictionType", predicted, _NO_FLOW
+    if family != "SD3" and objective.shift is not None:
+        yield "training.objective.shift", objective.shift, _NO_SHIFT
 
 
 def unwritable(method: Method, kind: Kind, formats: Iterable[Format]) -> Iterator[tuple[Format, str]]:
@@ -106,7 +127,18 @@ def fit_rules() -> list[Cel]:
             "self.fineTune.parts != 'CrossAttention'",
             f"fineTune.parts: {_JOINT}",
         ),
+        Cel(f"{known}self.model.family != 'UNet2D' || !has(self.model.vae)", f"model.vae: {_PIXELS}"),
+        *_objective_rules(known),
     ]
+
+
+def _objective_rules(known: str) -> Iterator[Cel]:
+    there = "has(self.training) && has(self.training.objective) && has(self.training.objective"
+    predicted = f"{there}.predictionType) && self.training.objective.predictionType"
+    at = "training.objective.predictionType"
+    yield Cel(f"{known}self.model.family != 'SD3' || !({predicted} in {list(_NOISY)})", f"{at}: {_FLOW}")
+    yield Cel(f"{known}self.model.family == 'SD3' || !({predicted} == 'Flow')", f"{at}: {_NO_FLOW}")
+    yield Cel(f"{known}self.model.family == 'SD3' || !({there}.shift))", f"training.objective.shift: {_NO_SHIFT}")
 
 
 def format_rules() -> list[Cel]:

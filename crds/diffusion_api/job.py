@@ -179,7 +179,9 @@ class TrainerSpec(ApiModel):
     def misfits(self, family: Family) -> Iterator[tuple[str, object, str]]:
         """Yield (path, value, reason and remedy) of what the job asks for and a model of that family cannot do."""
         parts = self.fine_tune.parts if self.fine_tune else None
-        return combinations.misfits(self.method, family, trains_text=self.model.text_encoder.train, parts=parts)
+        return combinations.misfits(
+            self.method, family, model=self.model, parts=parts, objective=self.training.objective
+        )
 
     @property
     def batch_size(self) -> int:

@@ -33,6 +33,11 @@ def cases():
         yield {"method": method, "model": {"family": family, "textEncoder": {"train": True}}}
     for part in ("Attention", "CrossAttention"):
         yield {"method": "FineTune", "model": {"family": "SD3"}, "fineTune": {"parts": part}}
+    for family, fields in itertools.product(
+        ("SD1", "SD3", "Auto"), ({"predictionType": "Flow"}, {"predictionType": "Sample"}, {"shift": 2})
+    ):
+        yield {"method": "LoRA", "model": {"family": family}, "training": {"objective": fields}}
+    yield {"method": "Unconditional", "model": {"family": "UNet2D", "vae": "s3://models/vae/"}}
     yield {"method": "DreamBooth", "lora": {"rank": 4}, **WHOLE}
 
 

@@ -78,6 +78,35 @@ def test_parts_that_a_family_has_not(family, sections, message):
     assert spec("FineTune", **(sections | {"model": model | {"family": "SDXL"}}))
 
 
+def objective(**fields):
+    return {"training": {"objective": fields}}
+
+
+@pytest.mark.parametrize(
+    ("family", "sections", "message"),
+    [
+        ("SD3", objective(predictionType="Epsilon"), "predictionType: family SD3 is a flow and stays one: use Auto"),
+        ("SD1", objective(predictionType="Flow"), "predictionType: only family SD3 is a flow: use Auto"),
+        ("SDXL", objective(shift=3), "training.objective.shift: only family SD3, which is a flow, has a shift: leave"),
+    ],
+)
+def test_objectives_that_a_family_has_not(family, sections, message):
+    with pytest.raises(ValueError, match=message):
+        spec("LoRA", family=family, **sections)
+    other = "SD1" if family == "SD3" else "SD3"
+    assert spec("LoRA", family=other, **sections)
+    assert [value for _, value, _ in spec("LoRA", **sections).misfits(family)] == [
+        *sections["training"]["objective"].values()
+    ]
+
+
+def test_an_unconditional_model_has_no_vae():
+    model = {"source": "s3://m/x/", "vae": "s3://m/v/"}
+    with pytest.raises(ValueError, match=r"model.vae: family UNet2D works on pixels and has no VAE: leave it out"):
+        spec("Unconditional", model=model | {"family": "UNet2D"})
+    assert spec("LoRA", model=model | {"family": "SDXL"})
+
+
 def test_an_adapters_section_without_an_adapter():
     with pytest.raises(ValueError, match=r"lora: dreamBooth.adapter is None"):
         spec("DreamBooth", dreamBooth={"instancePrompt": "a", "adapter": "None", "classPrompt": "b"}, lora={"rank": 4})

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diffusion_api.job import TrainerSpec
-from diffusion_trainer.errors import BadConfig, BadData, InputMissing
+from diffusion_trainer.errors import BadData, InputMissing
 from diffusion_trainer.models import fetch_model, open_model
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, family_of, trainable_family
+from diffusion_trainer.models.inspection import TRAINABLE, check_files, family_of
 from diffusion_trainer.models.sources import WithOtherVae
 from diffusion_trainer.models.survey import look_at
 from diffusion_trainer.objectstore import open_store
@@ -278,12 +278,6 @@ def test_a_vae_is_looked_at_like_the_rest(folder, tmp_path):
     model = spec(folder, vae=(tmp_path / "other").as_uri()).model
     with pytest.raises(BadData, match="names the class 'Evil' for vae"):
         look_at(model, source, work=tmp_path / "work")
-
-
-def test_a_model_without_a_vae_gets_none(folder):
-    write(folder / "model_index.json", INDEX | {"_class_name": "DDPMPipeline"})
-    with pytest.raises(BadConfig, match=r"model\.vae: .* UNet2D works on pixels and has no VAE; leave it out"):
-        trainable_family(folder, spec(folder, vae=folder.as_uri()).model)
 
 
 def test_fetching_what_is_no_model_is_missing_input(tmp_path):

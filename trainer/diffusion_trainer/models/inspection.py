@@ -128,18 +128,10 @@ def _is_sd2(unet: Mapping[str, Any]) -> bool:
 
 
 def trainable_family(folder: Path, model: Model) -> FamilyName:
-    """Return the family of a model.
-
-    Raises:
-        BadData: it is not the one asked for.
-        BadConfig: it is asked to use what it has not.
-
-    """
+    """Return the family of a model. Raises `BadData` when it is not the one asked for."""
     found = family_of(folder)
     if model.family not in {"Auto", found}:
         raise BadData(f"model.family is {model.family}, but {model.source} is {found}; use Auto, or another model")
-    if model.vae and "vae" not in TRAINABLE[found]:
-        raise BadConfig(f"model.vae: a model of family {found} works on pixels and has no VAE; leave it out")
     return found
 
 
