@@ -89,7 +89,6 @@ def ours(plane: ControlPlane, folder: Path) -> Contender:
             "KUBECONFIG": str(plane.user_kubeconfig("bench-ours", groups=ADMINISTRATORS)),
             "DIFFUSION_OPERATOR_HTTP_PORT": "0",
             "DIFFUSION_OPERATOR_PREFLIGHT": "OFF",
-            "DIFFUSION_OPERATOR_LEASE": "default/bench",
         }
         process = ServerProcess([sys.executable, "-m", "diffusion_operator"], log=folder / "ours.log", env=environment)
         with _ending(process):
