@@ -16,6 +16,8 @@ import pytest
 
 from testkit import installation
 from testkit.cluster import ClusterHandle, LocalCluster, leaks, open_current
+from testkit.jobs import completed, small_job
+from testkit.kube import Object
 from testkit.s3 import S3Server
 
 SKIP = "DIFFUSION_OPERATOR_SKIP_CLUSTER"
@@ -26,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "shared_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("own_cluster"):
             item.add_marker(pytest.mark.cluster)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(600))  # whole trainings, maybe on a busy machine
     items.sort(key=lambda item: item.get_closest_marker("own_cluster") is None)
 
 
@@ -92,6 +96,14 @@ def module_team(platform: Platform, request: pytest.FixtureRequest) -> Iterator[
     """A team's namespace, shared by the tests of a file."""
     with a_team(platform, request.node.path.stem) as namespace:
         yield namespace
+
+
+@pytest.fixture(scope="session")
+def undisturbed(platform: Platform) -> Iterator[Object]:
+    """A job that nothing happens to, complete. Disturbed ones end with its weights."""
+    with a_team(platform, "undisturbed") as team:
+        platform.cluster.apply(small_job("undisturbed", team), namespace=team)
+        yield completed(platform.cluster, "undisturbed", team)
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from diffusion_api import names
 from testkit import installation
-from testkit.kube import KubectlError, condition
+from testkit.jobs import completed, hashes
+from testkit.kube import KubectlError
 from testkit.waiting import wait_until
 
-JOBS = f"{names.JOB_PLURAL}.{names.GROUP}"
-STEPS = 16
+STEPS = 6
 
 
 def two_by_two(name, team):
@@ -22,23 +21,10 @@ def two_by_two(name, team):
     spec["output"]["destination"] = f"s3://team-a/{team}/{name}/"
     spec["dataset"] |= {"resolution": 64, "filters": {"minSide": 32}}
     spec["training"] = {"maxSteps": STEPS, "batchSize": 4, "learningRate": 1e-2}
-    spec["checkpoint"] = {"interval": "1steps"}
-    spec["validation"] = {"everySteps": 3}
+    spec["checkpoint"] = {"interval": "2steps"}
+    spec["validation"] = {"everySteps": 5}
     spec["resources"] = {"profile": "a100-80gb", "nodes": 2, "gpusPerNode": 2}
     return job
-
-
-def completed(cluster, name, team):
-    def ended(found):
-        assert condition(found, "Failed").get("status") != "True", condition(found, "Failed")
-        return condition(found, "Complete").get("status") == "True"
-
-    return cluster.wait_for(JOBS, name, ended, namespace=team, timeout=240)
-
-
-def hashes(job):
-    """Return the hash of each exported file but the card, which names the job's destination."""
-    return {file["name"]: file["sha256"] for file in job["status"]["output"]["files"] if file["name"] != "README.md"}
 
 
 def log_of(cluster, pod, team):
@@ -71,7 +57,7 @@ def test_a_lost_pod_restarts_the_whole_and_costs_nothing(platform, module_team, 
     wait_until(
         lambda: "acknowledged" in log_of(cluster, "halved-1-0", module_team),
         describe="the first checkpoint",
-        timeout=120,
+        timeout=240,
         interval=0.2,
     )
     cluster.kubectl("delete", "pod", "halved-1-1", "-n", module_team, "--grace-period=0", "--force")
