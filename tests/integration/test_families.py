@@ -9,10 +9,16 @@ import torch
 from torch import nn
 
 from diffusion_api.job import TrainerSpec
+from diffusion_api.model import Model
 from diffusion_api.run import RunConfig
 from diffusion_api.validation import SamplePrompt
+from diffusion_trainer.data.lock import DatasetLock, LockedImage
 from diffusion_trainer.data.transforms import Variant, geometry
+from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.models import fetch_model, open_model
+from diffusion_trainer.models.survey import look_at
+from diffusion_trainer.objectstore import open_store
+from diffusion_trainer.preparation import check_sizes
 from diffusion_trainer.rng import Purpose, stream
 from diffusion_trainer.sampling import sample_grid
 from diffusion_trainer.stores import open_stores
@@ -356,6 +362,28 @@ def test_sizes(opened, architecture, scale, channels, multiple):
     family = opened(architecture)
     assert family.name == FAMILY_OF[architecture]
     assert (family.latent_scale, family.latent_channels, family.size_multiple) == (scale, channels, multiple)
+
+
+def test_shapes_that_a_model_cannot_take_are_refused(opened):
+    """SD3 cuts latents into patches of 2 x 2, so that 72 pixels, nine latents, are half a patch too many."""
+
+    def lock(bucket):
+        return DatasetLock((LockedImage("a", "a.png", 80, 80, "c", bucket, "train"),), {}, {})
+
+    check_sizes(lock((80, 64)), opened("SD3"))
+    check_sizes(lock((72, 64)), opened("SDXL"))
+    with pytest.raises(BadConfig, match=r"dataset\.resolution .* 72 x 64, but this SD3 takes multiples of 16 only"):
+        check_sizes(lock((72, 64)), opened("SD3"))
+
+
+def test_the_preflight_knows_every_family_without_its_weights(folders, tmp_path):
+    for architecture, family in FAMILY_OF.items():
+        folder = folders(architecture)
+        model = Model(source=folder.as_uri())
+        found = look_at(model, open_store(folder.as_uri()), work=tmp_path / architecture)
+        assert (found.family, found.architecture) == (family, None)
+        weights = list((tmp_path / architecture).rglob("*.safetensors"))
+        assert {path.stat().st_size for path in weights} == {0}
 
 
 @pytest.mark.parametrize(("architecture", "prediction"), [("SD2", "Epsilon"), ("SD2-v", "VPrediction")])
