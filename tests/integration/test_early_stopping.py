@@ -2,7 +2,7 @@
 
 The overfit is planted: from some step on, weights grow beyond what was learnt, and the loss on the held-out images
 rises. Everything is compared with one undisturbed run without early stopping on the same machine: the rule is applied
-to its curve by hand.
+to its curve by hand. The dataset has several concepts and every augmentation.
 """
 
 import json
@@ -27,7 +27,8 @@ WEIGHTS = "diffusers/pytorch_lora_weights.safetensors"
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     make_tiny_sd1(root / "model")
-    make_image_folder(root / "data", 5)
+    make_image_folder(root / "dogs", 3, captions="None", seed=1)
+    make_image_folder(root / "cats", 4, seed=2)
     return root
 
 
@@ -38,7 +39,20 @@ def trainers():
 
 
 def job_of(root, inputs, trainers, *, stopping=None):
+    # Everything that a dataset may ask for, so that an interruption is seen to change nothing of it.
+    dataset = {
+        "concepts": [
+            {"source": f"file://{inputs}/dogs", "prompt": "sks, dog, red, blue", "weight": 1.5},
+            {"source": f"file://{inputs}/cats"},
+        ],
+        "resolution": 64,
+        "filters": {"minSide": 32, "minSharpness": 0.001},
+        "captions": {"dropout": 0.3, "shuffleTags": True},
+        "validation": {"fraction": 0.3},
+        "augmentation": {"variantsPerImage": 2, "crop": "Random", "rotateDegrees": 10, "colorJitter": 0.1},
+    }
     overrides = {
+        "dataset": dataset,
         "training": {"maxSteps": STEPS, "batchSize": 2},
         "validation": {"everySteps": EVERY, "earlyStopping": stopping},
         "checkpoint": {"interval": "5steps"},

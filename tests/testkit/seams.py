@@ -74,7 +74,7 @@ def terminate_during_evaluation(number: int) -> None:
 
 
 def overshoot_from(step: int) -> None:
-    """Plant an overfit: from optimizer step `step` (from 0) on, weights grow by half before each step.
+    """Plant an overfit: from optimizer step `step` (from 0) on, weights double before each step.
 
     It goes by the step and not by the number of calls, so a resumed run does the same.
     """
@@ -84,7 +84,7 @@ def overshoot_from(step: int) -> None:
         if batches[0].slots[0].step >= step:
             with torch.no_grad():
                 for parameter in ready.trained.parameters.values():
-                    parameter.mul_(1.5)
+                    parameter.mul_(2)
         return original(batches, ready)
 
     train.gradients = gradients

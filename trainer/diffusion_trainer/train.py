@@ -71,7 +71,8 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
                 results = output.receipt(stores.state, stores.output, identity=spec.identity())
                 if results:
                     conclude(board, results)
-            if peers.as_leader_says("delivered", bool(board.state.output)):
+            if ended := peers.as_leader_says("delivered", how_it_ended(board) if board.state.output else None):
+                board.update(**ended)
                 LOG.info("an earlier attempt exported everything")
                 return
             if peers.leads:
@@ -130,7 +131,7 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
             if peers.leads:
                 chosen = put_best_back(ledger, ready, evaluator, last=step, desk=desk)
                 conclude(board, deliver(spec, stores, ready, chosen, folder=settings.work / "export"))
-        board.update(**peers.as_leader_says("conclusion", how_it_ended(board)))
+            board.update(**peers.as_leader_says("conclusion", how_it_ended(board)))  # told before the others come here
 
 
 def conclude(board: Board, results: output.Results) -> None:
