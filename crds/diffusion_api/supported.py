@@ -28,11 +28,7 @@ LIMITS = (
     Limit("dataset.captions.model", (None,)),
     Limit("dataset.filters.safety", ("Keep",)),
     Limit("dataset.filters.minCaptionMatch", (None,)),
-    Limit("training.optimizer.name", ("AdamW",)),
-    Limit("training.mixedPrecision", ("Auto", "BF16", "FP32")),
-    Limit("training.attention", ("Auto", "SDPA")),
     Limit("training.compile", ("Auto", "Never")),
-    Limit("training.ema.enabled", (False,)),
     Limit("output.hub", (None,)),
     Limit("notifications", ([],)),
 )

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from diffusion_api import names
 from diffusion_api.outcomes import ExitCode
@@ -72,6 +73,37 @@ def assert_same(job, reference):
         assert files[name] == content, name
 
 
+VARIANTS = {
+    "Lion, average, four micro-batches in bf16": {
+        "training": {"optimizer": {"name": "Lion"}, "ema": {"enabled": True}, "mixedPrecision": "BF16"},
+        "run": {"microBatchSize": 1},
+    },
+    "Adafactor, one micro-batch in fp16": {
+        "training": {"optimizer": {"name": "Adafactor"}, "mixedPrecision": "FP16"},
+        "run": {"microBatchSize": 4},
+    },
+    "Prodigy, average, recomputed": {
+        "training": {
+            "optimizer": {"name": "Prodigy"}, "learningRate": ..., "ema": {"enabled": True, "decay": 0.5},
+            "gradientCheckpointing": "Always",
+        },
+    },
+}  # fmt: skip
+"""Each shows several things, at one step; `make nightly` kills after every step."""
+EACH_ALONE = {
+    "average": {"training": {"ema": {"enabled": True}}},
+    "bf16": {"training": {"mixedPrecision": "BF16"}},
+    "fp16": {"training": {"mixedPrecision": "FP16"}},
+    "Lion": {"training": {"optimizer": {"name": "Lion"}}},
+    "Adafactor": {"training": {"optimizer": {"name": "Adafactor"}}},
+    "Adafactor with a first moment": {"training": {"optimizer": {"name": "Adafactor", "beta1": 0.9}}},
+    "Prodigy": {"training": {"optimizer": {"name": "Prodigy"}, "learningRate": ...}},
+    "one micro-batch": {"run": {"microBatchSize": 4}},
+    "four micro-batches": {"run": {"microBatchSize": 1}},
+    "one bucket": {"dataset": {"buckets": {"enabled": False}}},
+}
+
+
 @pytest.fixture
 def job(tmp_path, inputs, trainers):
     return TrainerJob(tmp_path, inputs, trainers)
@@ -116,6 +148,82 @@ def test_killed_while_a_checkpoint_is_uploaded(job, reference, step):
     job.finish()
     assert resumed_from(job) in [save for save in SAVES if save <= step][-2:]
     assert_same(job, reference)
+
+
+def varied(job, variant):
+    job.overrides = {"training": variant.get("training", {})}
+    if "dataset" in variant:
+        job.overrides["dataset"] = job.spec()["dataset"] | variant["dataset"]
+    job.run = variant.get("run", {})
+    return job
+
+
+_varied_references = {}
+
+
+def reference_of(name, variant, tmp_path_factory, inputs, trainers):
+    if name not in _varied_references:
+        undisturbed = varied(TrainerJob(tmp_path_factory.mktemp("variant"), inputs, trainers), variant)
+        undisturbed.finish()
+        _varied_references[name] = result(undisturbed)
+    return _varied_references[name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_killed_after_a_step(job, tmp_path_factory, inputs, trainers, reference, name):
+    wanted = reference_of(name, VARIANTS[name], tmp_path_factory, inputs, trainers)
+    weights = [tensor for key, tensor in wanted[0].items() if key.startswith("model/")]
+    assert not torch.equal(weights[1], [tensor for key, tensor in reference[0].items() if key.startswith("model/")][1])
+    assert varied(job, VARIANTS[name]).attempt(failpoint="step:5:kill") == KILLED
+    job.finish()
+    assert resumed_from(job) in {2, 4}
+    assert_same(job, wanted)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+@pytest.mark.parametrize("name", [*VARIANTS, *EACH_ALONE])
+def test_every_variant_killed_after_any_step(job, tmp_path_factory, inputs, trainers, name, step):
+    variant = (VARIANTS | EACH_ALONE)[name]
+    wanted = reference_of(name, variant, tmp_path_factory, inputs, trainers)
+    assert varied(job, variant).attempt(failpoint=f"step:{step}:kill") == KILLED
+    job.finish()
+    assert_same(job, wanted)
+
+
+def test_the_average_is_what_is_evaluated_and_exported(job, reference):
+    varied(job, EACH_ALONE["average"]).finish()
+    tensors, files = result(job)
+    exported = load(files["diffusers/pytorch_lora_weights.safetensors"])
+    for name, tensor in tensors.items():
+        group, _, parameter = name.partition("/")
+        if group == "average":
+            assert torch.equal(exported[f"unet.{parameter}"], tensor)
+        if group in {"model", "optimizer"}:
+            assert torch.equal(tensor, reference[0][name])  # the training itself is the same
+    ours, theirs = (
+        [json.loads(line).get("validation_loss") for line in found[names.METRICS_FILE].decode().splitlines()]
+        for found in (files, reference[1])
+    )
+    assert ours[2] != theirs[2]
+
+
+def test_going_back_is_repeated_by_a_run_that_was_killed(job, tmp_path_factory, inputs, trainers):
+    """What a run has learned from going back is lost with its process, and learned again."""
+    lose = [("lose_losses_while_the_rate_is_high", (3, 0.3))]
+    variant = {"training": {"nonFinite": {"policy": "RollBack", "limit": 1}}}
+    undisturbed = varied(TrainerJob(tmp_path_factory.mktemp("back"), inputs, trainers), variant)
+    undisturbed.finish(seams=lose)
+    warnings = undisturbed.last_word()["warnings"]
+    assert [text.split(" of the")[0] for text in warnings if "back to" in text] == [
+        "back to the newest checkpoint, with 0.5", "back to the newest checkpoint, with 0.25",
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (undisturbed.output / names.METRICS_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert None not in [line["loss"] for line in lines]
+    assert varied(job, variant).attempt(seams=lose, failpoint="step:4:kill") == KILLED
+    job.finish(seams=lose)
+    assert_same(job, result(undisturbed))
 
 
 def test_killed_twice(job, reference):

@@ -83,11 +83,13 @@ def words(job):
     ],
 )
 def test_two_processes_train_what_one_would(tmp_path, inputs, trainers, micro_batch, learning_rate, atol):
+    """With gradients that are clipped, an average of the weights, and several micro-batches for each."""
     jobs = []
     for processes in (1, 2):
         run = {"processesPerNode": processes, "microBatchSize": micro_batch}
         job = TrainerJob(tmp_path / str(processes), inputs, trainers, run=run)
-        job.overrides = {"training": {"learningRate": learning_rate}}
+        clipped = {"maxGradNorm": 0.01}
+        job.overrides = {"training": {"learningRate": learning_rate, "optimizer": clipped, "ema": {"enabled": True}}}
         job.finish(seams=[FORK])
         jobs.append(job)
     assert_same(*jobs, atol=atol)
@@ -98,6 +100,8 @@ def test_two_processes_train_what_one_would(tmp_path, inputs, trainers, micro_ba
         if "validation_loss" in ours:
             assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-6)
     assert sum("validation_loss" in line for line in curves[0]) == 2
+    assert min(line["grad_norm"] for line in curves[0]) > clipped["maxGradNorm"]
+    assert any(name.startswith("average/") for name in tensors_of(jobs[0]))
 
 
 def test_only_rank_0_writes_and_speaks(undisturbed):
@@ -143,7 +147,7 @@ def test_a_stop_ends_all_after_the_same_step(job, undisturbed, rank):
 @pytest.mark.parametrize(
     ("seam", "code", "text"),
     [
-        (("fail_before_step", (3, "out-of-memory")), ExitCode.CUDA_OUT_OF_MEMORY, "micro-batch"),
+        (("fail_before_step", (3, "out-of-memory")), ExitCode.CUDA_OUT_OF_MEMORY, "a single image"),
         (("fail_before_step", (3, "bug")), 1, "ZeroDivisionError"),
         (("hang_before_step", 3), ExitCode.HANG, "stallSeconds"),
     ],
@@ -154,6 +158,33 @@ def test_what_happened_to_one_is_what_happened(job, seam, code, text):
     assert job.attempt(seams=[FORK, ("in_rank", (1, *seam))]) == code, job.log.read_text()
     assert job.last_word()["exitCode"] == code
     assert text in job.last_word()["message"]
+
+
+def test_short_memory_of_one_costs_all_of_them_nothing(job, undisturbed):
+    """One process has room for single images only. The others take single images then, too, of the same batch."""
+    job.run |= {"microBatchSize": 2}
+    job.finish(seams=[FORK, ("in_rank", (1, "fail_above", 1))])
+    assert [word["microBatchSize"] for word in words(job)] == [1, 1]
+    assert "step 1 did not fit into the GPU's memory: micro-batch 1 instead of 2" in job.last_word()["warnings"]
+    assert_same(job, undisturbed)
+
+
+def test_the_micro_batch_is_what_fits_all_of_them(job, undisturbed):
+    job.run |= {"microBatchSize": None}
+    job.finish(seams=[FORK, ("in_rank", (0, "limit_memory", 2)), ("in_rank", (1, "limit_memory", 1))])
+    assert [word["microBatchSize"] for word in words(job)] == [1, 1]
+    assert job.last_word().get("warnings", []) == undisturbed.last_word().get("warnings", [])
+    assert_same(job, undisturbed)
+
+
+def test_all_of_them_go_back(tmp_path, inputs, trainers):
+    jobs = []
+    for processes in (1, 2):
+        jobs.append(TrainerJob(tmp_path / str(processes), inputs, trainers, run={"processesPerNode": processes}))
+        jobs[-1].overrides = {"training": {"nonFinite": {"policy": "RollBack", "limit": 1}}}
+        jobs[-1].finish(seams=[FORK, ("lose_losses_while_the_rate_is_high", (3, 0.5))])
+        assert any("back to the newest checkpoint" in text for text in jobs[-1].last_word()["warnings"])
+    assert_same(*jobs)
 
 
 def test_a_batch_that_cannot_be_shared(job):

@@ -122,7 +122,7 @@ def test_a_run_file_that_cannot_be_read(job):
 @pytest.mark.parametrize(
     ("kind", "code", "words"),
     [
-        ("out-of-memory", ExitCode.CUDA_OUT_OF_MEMORY, "2.00 GiB"),
+        ("out-of-memory", ExitCode.CUDA_OUT_OF_MEMORY, "a single image does not fit"),
         ("gpu", ExitCode.GPU_FAULT, "unspecified launch failure"),
         ("bug", 1, "ZeroDivisionError: a bug"),
     ],
@@ -145,12 +145,28 @@ def test_failures_of_a_step(job, kind, code, words):
 
 
 def test_a_diverged_run_saves_nothing_of_it(job):
-    assert job.attempt(seams=[("lose_loss_of_step", 3)]) == ExitCode.DIVERGED, job.log.read_text()
+    job.overrides = {"training": {"nonFinite": {"limit": 2}}}
+    assert job.attempt(seams=[("lose_every_loss_from_step", 3)]) == ExitCode.DIVERGED, job.log.read_text()
     word = job.last_word()
-    assert "the loss of step 3 is nan" in word["message"]
+    assert "2 steps in a row were skipped, up to step 4" in word["message"]
     assert ".png" in word["message"] or ".jpg" in word["message"] or ".webp" in word["message"]
     assert "learningRate" in word["message"]
     assert word["latestCheckpoint"]["step"] == 2
+
+
+def test_going_back_does_not_help_for_ever(job):
+    job.overrides = {"training": {"nonFinite": {"policy": "RollBack", "limit": 1}}}
+    seams = [("lose_losses_while_the_rate_is_high", (0, 0.0))]
+    assert job.attempt(seams=seams) == ExitCode.DIVERGED, job.log.read_text()
+    assert job.log.read_text().count("from step 0 to") == 4  # the beginning is a place to go back to
+    assert "1 step was skipped, up to step 1" in job.last_word()["message"]
+
+
+def test_a_lost_loss_costs_one_step(job):
+    job.finish(seams=[("lose_loss_of_step", 3)])
+    assert any("step 3 changed nothing, for its loss was nan" in text for text in job.last_word()["warnings"])
+    lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines if line["loss"] is None] == [3]
 
 
 @pytest.mark.parametrize("function", ["prepare", "resume", "deliver"])

@@ -10,6 +10,7 @@ import signal
 import threading
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion_trainer import evaluation, launching, progress, rng, supervisor, train
+from diffusion_trainer import evaluation, fitting, launching, progress, rng, stepping, supervisor, train
 
 
 def seed_like_a_new_interpreter() -> None:
@@ -29,7 +30,7 @@ def seed_like_a_new_interpreter() -> None:
 
 def poison_global_generators(_: object) -> None:
     """Throw every global generator off before each optimizer step, and between its gradients and its update."""
-    _before("gradients", lambda _: seed_like_a_new_interpreter())
+    _before("gradients", lambda _: seed_like_a_new_interpreter(), stepping)
     _before("timed", lambda _: seed_like_a_new_interpreter())
 
 
@@ -54,7 +55,7 @@ def _change_keys(mark: str) -> None:
 
 def terminate_before_step(step: int) -> None:
     """Send SIGTERM to the trainer, as the kubelet would, while it works on optimizer step `step` (from 1)."""
-    _before("gradients", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == step else None)
+    _before("gradients", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == step else None, stepping)
 
 
 def terminate_twice_before_step(step: int) -> None:
@@ -78,7 +79,7 @@ def overshoot_from(step: int) -> None:
 
     It goes by the step and not by the number of calls, so a resumed run does the same.
     """
-    original = train.gradients
+    original = stepping.gradients
 
     def gradients(batches: Any, ready: Any) -> Any:
         if batches[0].slots[0].step >= step:
@@ -87,12 +88,12 @@ def overshoot_from(step: int) -> None:
                     parameter.mul_(2)
         return original(batches, ready)
 
-    train.gradients = gradients
+    stepping.gradients = gradients
 
 
 def hang_before_step(step: int) -> None:
     """Never come back from optimizer step `step` (from 1)."""
-    _before("gradients", lambda count: threading.Event().wait() if count == step else None)
+    _before("gradients", lambda count: threading.Event().wait() if count == step else None, stepping)
 
 
 def hang_during(function: str) -> None:
@@ -101,7 +102,7 @@ def hang_during(function: str) -> None:
 
 
 def fail_before_step(case: tuple[int, str]) -> None:
-    """Raise in optimizer step `step` what torch raises."""
+    """Raise in optimizer step `step` what torch raises; memory is short for good then."""
     step, kind = case
     errors = {
         "out-of-memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -110,10 +111,10 @@ def fail_before_step(case: tuple[int, str]) -> None:
     }
 
     def fail(count: int) -> None:
-        if count == step:
+        if count == step or (count > step and kind == "out-of-memory"):
             raise errors[kind]
 
-    _before("gradients", fail)
+    _before("gradients", fail, stepping)
 
 
 def fork_processes(_: object) -> None:
@@ -141,12 +142,12 @@ def in_rank(case: tuple[int, str, Any]) -> None:
 
 def terminate_pod_before_step(step: int) -> None:
     """Send SIGTERM to the pod's first process while this one works on optimizer step `step` (from 1)."""
-    _before("gradients", lambda count: os.kill(os.getppid(), signal.SIGTERM) if count == step else None)
+    _before("gradients", lambda count: os.kill(os.getppid(), signal.SIGTERM) if count == step else None, stepping)
 
 
 def lose_loss_of_step(step: int) -> None:
     """Make the loss of optimizer step `step` (from 1) not a number."""
-    original = train.gradients
+    original = stepping.gradients
     calls = 0
 
     def gradients(*args: Any) -> torch.Tensor:
@@ -155,7 +156,56 @@ def lose_loss_of_step(step: int) -> None:
         loss = original(*args)
         return loss * float("nan") if calls == step else loss
 
-    train.gradients = gradients  # type: ignore[assignment]
+    stepping.gradients = gradients  # type: ignore[assignment]
+
+
+def lose_losses_while_the_rate_is_high(case: tuple[int, float]) -> None:
+    """Make losses not a number after `step` optimizer steps, until the learning rate was halved enough."""
+    step, enough = case
+    original = stepping.Stepper.take
+
+    def take(self: stepping.Stepper, batches: Any, done: int) -> stepping.Taken:
+        if done >= step and self._ready.trained.guard.factor > enough:
+            batches = [replace(batch, weights=batch.weights * float("nan")) for batch in batches]
+        return original(self, batches, done)
+
+    stepping.Stepper.take = take  # type: ignore[method-assign, assignment]
+
+
+def lose_every_loss_from_step(step: int) -> None:
+    """Make losses not a number from optimizer step `step` (from 1) on, whatever is done about it."""
+    original = stepping.gradients
+    calls = 0
+
+    def gradients(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(*args) * (float("nan") if calls >= step else 1)
+
+    stepping.gradients = gradients  # type: ignore[assignment]
+
+
+def limit_memory(images: int) -> None:
+    """Let micro-batches of more than so many images fail as CUDA does, on what counts as a GPU then.
+
+    They fail in the middle: the gradients of the first micro-batch are there already.
+    """
+    fitting.is_limited = lambda device: True  # noqa: ARG005 - its name
+    fitting.memory_of = lambda device: None  # noqa: ARG005
+    fail_above(images)
+
+
+def fail_above(images: int) -> None:
+    """Like `limit_memory`, on what is no GPU: nothing is tried before the first step."""
+    original = stepping.gradients
+
+    def gradients(batches: Any, ready: Any) -> torch.Tensor:
+        if any(len(batch.latents) > images for batch in batches):
+            original(batches[:1], ready)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(batches, ready)
+
+    stepping.gradients = gradients
 
 
 def look_before_step(case: tuple[int, str]) -> None:
@@ -178,7 +228,7 @@ def look_before_step(case: tuple[int, str]) -> None:
             ]
             Path(path).write_text(json.dumps([answer.read().decode() for answer in answers]))
 
-    _before("gradients", look)
+    _before("gradients", look, stepping)
 
 
 def _before(name: str, action: Callable[[int], object], module: ModuleType = train) -> None:

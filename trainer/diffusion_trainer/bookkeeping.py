@@ -6,28 +6,25 @@ import math
 import time
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from diffusion_trainer.curves import Curves, first_diverged
+from diffusion_trainer.curves import Curves
 from diffusion_trainer.data import Plan
-from diffusion_trainer.errors import Diverged
+from diffusion_trainer.guard import Guard
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.overfitting import best
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Reporter
 from diffusion_trainer.saving import Saver
 from diffusion_trainer.settings import Failpoint
+from diffusion_trainer.stepping import Taken
 from diffusion_trainer.tracking import Tracking
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """One optimizer step; `loss` and `grad_norm` are still on the device."""
+    """An optimizer step that was taken, and how long its images had to be waited for."""
 
     step: int
-    loss: Tensor
-    learning_rate: float
-    grad_norm: Tensor
+    taken: Taken
     wait_seconds: float
 
 
@@ -37,12 +34,15 @@ class Books:
 
     board: Board
 
+    def begin(self, step: int) -> None:
+        """Save the beginning, where the run may have to go back to it."""
+
     def note(self, done: Stepped) -> None:
         """Take note of a step, without waiting for the device."""
         self.board.update(step=done.step)
 
     def close(self, step: int) -> None:
-        """Report and save what is due after a step. Raises `Diverged`."""
+        """Report and save what is due after a step."""
 
     def give_way(self, step: int, *, seconds_left: float) -> None:
         """Save what fits into what is left of the grace period."""
@@ -62,18 +62,26 @@ class LeadersBooks(Books):
     tracking: Tracking
     metrics: Metrics
     failpoint: Failpoint
+    guard: Guard
+
+    def begin(self, step: int) -> None:  # noqa: D102
+        if step == 0 and self.guard.may_go_back:
+            self.saver.save_beginning()
 
     def note(self, done: Stepped) -> None:  # noqa: D102
-        self.curves.note(done.step, loss=done.loss, learning_rate=done.learning_rate, grad_norm=done.grad_norm)
+        taken = done.taken
+        self.curves.note(done.step, loss=taken.loss, learning_rate=taken.learning_rate, grad_norm=taken.norm)
         self.reporter.stepped(done.step, wait_seconds=done.wait_seconds, now=time.time())
 
     def close(self, step: int) -> None:  # noqa: D102
         evaluated = bool(step) and self.curves.evaluated == step
         saving = self.saver.due(step)
         if saving or evaluated or self.reporter.due(step):
-            settle(self.curves, self.plan, metrics=self.metrics)  # the only wait for the device: losses as numbers
+            self._settle()  # the only wait for the device: losses as numbers
             self.reporter.report(step, self.curves)
-        if evaluated and self.saver.keep_best(step, best(self.curves.evaluations)):
+        if (saving or evaluated) and not self.guard.calm:
+            saving = False  # it would hold weights that lead to no numbers
+        elif evaluated and self.saver.keep_best(step, best(self.curves.evaluations)):
             saving = True
         elif saving:
             self.saver.save(step)
@@ -83,22 +91,22 @@ class LeadersBooks(Books):
         self.saver.announce()
 
     def give_way(self, step: int, *, seconds_left: float) -> None:  # noqa: D102
-        settle(self.curves, self.plan, metrics=self.metrics)
-        self.saver.give_way(step, seconds_left=seconds_left)
+        self._settle()
+        if self.guard.calm:
+            self.saver.give_way(step, seconds_left=seconds_left)
 
     def finish(self, step: int) -> None:  # noqa: D102
-        settle(self.curves, self.plan, metrics=self.metrics)
+        self._settle()
         self.saver.save(step, wait=True)
         self.tracking.publish()
 
-
-def settle(curves: Curves, plan: Plan, *, metrics: Metrics) -> None:
-    """Read the losses from the device. Raises `Diverged`, before anything that came of it can be saved."""
-    fresh = curves.settle()
-    metrics.nonfinite_loss.inc(sum(not math.isfinite(point.loss) for point in fresh))
-    if bad := first_diverged(fresh):
-        images = [plan.lock.images[slot.image].key for slot in plan.batch(bad.step - 1)]
-        raise Diverged(
-            f"the loss of step {bad.step} is {bad.loss}: lower training.learningRate (it was {bad.learning_rate:.3g}) "
-            f"or raise lrSchedule.warmupSteps; the images of this step were {', '.join(images[:8])}"
-        )
+    def _settle(self) -> None:
+        fresh = self.curves.settle()
+        lost = [point for point in fresh if not math.isfinite(point.loss)]
+        self.metrics.nonfinite_loss.inc(len(lost))
+        self.metrics.skipped_steps.inc(sum(point.skipped for point in fresh))
+        if lost:
+            images = [self.plan.lock.images[slot.image].key for slot in self.plan.batch(lost[0].step - 1)]
+            self.board.warn(
+                f"step {lost[0].step} changed nothing, for its loss was {lost[0].loss}, with {', '.join(images[:4])}"
+            )

@@ -27,6 +27,11 @@ class Point:
     learning_rate: float
     grad_norm: float
 
+    @property
+    def skipped(self) -> bool:
+        """Return whether the step changed nothing, for it had no numbers."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -121,11 +126,6 @@ class Curves:
                     line["train_subset_loss"] = _finite(evaluation.train_loss)
             lines.append(json.dumps(line) + "\n")
         return "".join(lines).encode()
-
-
-def first_diverged(points: Sequence[Point]) -> Point | None:
-    """Return the first step whose loss is no finite number."""
-    return next((p for p in points if not math.isfinite(p.loss)), None)
 
 
 def _finite(value: float) -> float | None:

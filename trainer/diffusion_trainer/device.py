@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,18 @@ from accelerate import Accelerator
 
 from diffusion_api.run import RunConfig
 from diffusion_trainer.errors import BadConfig, GpuFault, GpuOutOfMemory
+from diffusion_trainer.fitting import divisor
 
+_DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16, "FP32": torch.float32}
 _CUDA_FAULTS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS", "NVML")
 
 
 @dataclass(frozen=True)
 class Device:
-    """Accelerate's handle and the dtype of the forward pass; frozen weights are kept in it, trained ones in fp32."""
+    """Accelerate's handle and the dtype of the forward pass; frozen weights are kept in it, trained ones in fp32.
+
+    Of Accelerate no scaler of losses is used: its state could not be a part of our checkpoints (`optim.LossScale`).
+    """
 
     accelerator: Accelerator
     dtype: torch.dtype
@@ -26,6 +31,14 @@ class Device:
     def torch(self) -> torch.device:
         """Return torch's name for it."""
         return self.accelerator.device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context in which the forward pass is computed in `dtype`."""
+        mixed = self.dtype != torch.float32
+        context: AbstractContextManager[None] = torch.autocast(
+            self.torch.type, dtype=self.dtype if mixed else torch.bfloat16, enabled=mixed
+        )
+        return context
 
 
 def open_device(run: RunConfig) -> Device:
@@ -41,8 +54,7 @@ def open_device(run: RunConfig) -> Device:
         _check_gpu()
     _choose_algorithms(deterministic=run.spec.training.deterministic)
     dtype = _precision(run.spec.training.mixed_precision, on_gpu=on_gpu)
-    mixed = "bf16" if dtype == torch.bfloat16 else "no"
-    return Device(Accelerator(cpu=not on_gpu, mixed_precision=mixed), dtype)
+    return Device(Accelerator(cpu=not on_gpu, mixed_precision="no"), dtype)
 
 
 def micro_batch_size(run: RunConfig) -> int:
@@ -57,8 +69,7 @@ def micro_batch_size(run: RunConfig) -> int:
         )
     share = batch // world
     asked = run.spec.training.micro_batch_size
-    bound = min(share, run.micro_batch_size or share, share if asked == "Auto" else asked)
-    return next(size for size in range(bound, 0, -1) if share % size == 0)
+    return divisor(share, min(run.micro_batch_size or share, share if asked == "Auto" else asked))
 
 
 @contextmanager
@@ -104,10 +115,10 @@ def _precision(asked: str, *, on_gpu: bool) -> torch.dtype:
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "BF16" and not has_bf16:
         raise BadConfig(
-            f"training.mixedPrecision is BF16, which {torch.cuda.get_device_name()} cannot compute in; use Auto or FP32"
+            f"training.mixedPrecision is BF16, which {torch.cuda.get_device_name()} cannot compute in; use FP16 or FP32"
         )
     auto = "BF16" if on_gpu and has_bf16 else "FP32"
-    return torch.bfloat16 if (auto if asked == "Auto" else asked) == "BF16" else torch.float32
+    return _DTYPES[auto if asked == "Auto" else asked]
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -30,6 +31,7 @@ LOG = logging.getLogger(__name__)
 class Evaluator:
     """Evaluates the weights in memory. Nothing that it does changes the training.
 
+    `shown` puts the weights to evaluate in place for a while.
     `errors` gives the unweighted loss of each image of a batch; results go to `curves` and, as pictures, to `courier`.
     All processes take part in the loss and know the results; the leader alone draws samples.
     """
@@ -48,6 +50,7 @@ class Evaluator:
     stop: StopSignal
     report: Callable[[str], None]
     warn: Callable[[str], None]
+    shown: Callable[[], AbstractContextManager[None]]
     peers: Peers
 
     def due(self, step: int) -> bool:
@@ -73,7 +76,8 @@ class Evaluator:
         # Each pass through the denoiser is a sign of life: an evaluation may take longer than a hang may.
         alive = self.family.denoiser.register_forward_pre_hook(lambda *_: self.report(f"evaluating step {step}"))
         try:
-            with self.stop.cut_short(), self.attached.evaluating():
+            # In this order: nothing may cut the exchange of weights short.
+            with self.shown(), self.stop.cut_short(), self.attached.evaluating():
                 self._evaluate(step)
         except Yielded:
             LOG.info("told to stop: the next attempt evaluates step %d", step)

@@ -60,9 +60,14 @@ def set_recomputing(modules: Iterable[nn.Module], *, on: bool) -> None:
             network.gradient_checkpointing_disable()
 
 
+def is_limited(device: torch.device) -> bool:
+    """Return whether a device runs out of memory with an error that can be caught; hosts just kill."""
+    return device.type == "cuda"
+
+
 def memory_of(device: torch.device) -> float | None:
     """Return the GiB of a GPU; None of anything else."""
-    if device.type != "cuda":
+    if not is_limited(device):
         return None
     return float(torch.cuda.get_device_properties(device).total_memory) / GIB
 

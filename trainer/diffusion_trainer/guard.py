@@ -83,6 +83,10 @@ class Guard:
         """Return whether the policy is to go back, and that has not been done too often."""
         return self._settings.policy == "RollBack" and self.roll_backs < MOST_ROLL_BACKS
 
+    def resume(self, roll_backs: int) -> None:
+        """Go on from a checkpoint, which may be older than what this attempt has learned."""
+        self.roll_backs = max(self.roll_backs, roll_backs)
+
     def go_back(self) -> None:
         """Halve the learning rate and forget what was counted."""
         self.roll_backs += 1

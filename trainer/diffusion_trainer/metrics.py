@@ -36,6 +36,7 @@ class Metrics:
             registry=registry,
         )
         self.data_wait = counter("data_wait_seconds", "Time that steps waited for their batch")
+        self.skipped_steps = counter("skipped_steps", "Steps that changed nothing, for they had no finite numbers")
         self.nonfinite_loss = counter("nonfinite_loss", "Steps whose loss was no finite number")
         self.last_step = gauge("last_step_timestamp_seconds", "Time of the last optimizer step")
         self.checkpoint_duration = Histogram(

@@ -48,6 +48,9 @@ class Peers:
         """Return which entries of a sequence are this process's, where work is dealt out."""
         return slice(self.rank, None, self.world_size)
 
+    def begin_chapter(self, name: str) -> None:
+        """Let names that were used before mean something new from here on. All processes call it alike."""
+
     def agree(self, wish: bool) -> bool:
         """Return whether any process wishes it. A collective of the hosts; the devices go on meanwhile."""
         return wish
@@ -88,6 +91,7 @@ class Together(Peers):
         self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
         self._place = place
         self._alive = alive
+        self._chapter = ""
         self._store = _connect(place)
 
     def open_group(self, *, on_gpu: bool, timeout_seconds: float) -> None:
@@ -103,6 +107,9 @@ class Together(Peers):
                 world_size=self.world_size,
                 timeout=timedelta(seconds=timeout_seconds),
             )
+
+    def begin_chapter(self, name: str) -> None:  # noqa: D102
+        self._chapter = f"{name}/"
 
     def agree(self, wish: bool) -> bool:  # noqa: D102
         vote = torch.tensor([int(wish)])
@@ -143,7 +150,7 @@ class Together(Peers):
 
     def meet(self, name: str) -> None:  # noqa: D102
         with _lost_peers():
-            came = self._store.add(f"{name}/came", 1)
+            came = self._store.add(f"{self._chapter}{name}/came", 1)
         if came == self.world_size:
             self._tell(name, None)
         self._hear(name)
@@ -198,10 +205,10 @@ class Together(Peers):
 
     def _tell(self, name: str, value: Any) -> None:
         with _lost_peers():
-            self._store.set(name, json.dumps(value))
+            self._store.set(self._chapter + name, json.dumps(value))
 
     def _hear(self, name: str) -> Any:
-        pause = FIRST_PAUSE_SECONDS
+        pause, name = FIRST_PAUSE_SECONDS, self._chapter + name
         while True:
             with _lost_peers():
                 if self._store.check([name]):

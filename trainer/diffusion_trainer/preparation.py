@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
-from diffusion_trainer import cache, data, methods, models, optim
+from diffusion_trainer import cache, data, fitting, methods, models
 from diffusion_trainer.class_images import with_class_images
 from diffusion_trainer.data import Batch, DatasetLock, Plan, Share
 from diffusion_trainer.device import Device, micro_batch_size, open_device
@@ -25,7 +25,7 @@ from diffusion_trainer.objective import Objective, objective_of
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Extent
-from diffusion_trainer.state import Basis, Trained
+from diffusion_trainer.state import Basis, Trained, made_trainable
 from diffusion_trainer.stores import Stores
 
 LOG = logging.getLogger(__name__)
@@ -48,13 +48,18 @@ class Ready:
     trained: Trained
     basis: Basis
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Return what gradients pass through in a step."""
+        return list(dict.fromkeys((self.family.denoiser, *self.attached.modules)))
+
     def errors(self, batch: Batch) -> Tensor:
         """Return the mean squared error of each image of a micro-batch on the device, fp32 [B]."""
         if self.attached.masks and batch.slots:  # there are none in an evaluation, which drops nothing
             slots = [(slot.step, slot.slot) for slot in batch.slots]
             self.attached.masks.draw(self.plan.seed, slots, device=self.device.torch)
         noisy = self.objective.noisy(batch.latents, batch.noise, times=batch.times)
-        with self.device.accelerator.autocast():
+        with self.device.autocast():
             conditioning = self.attached.text.conditioning(batch.conditioning)
             predicted = self.family.predict(noisy, batch.times, conditioning, batch.geometry)
         return self.objective.errors(predicted, batch.latents, batch.noise, times=batch.times)
@@ -102,13 +107,8 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     with peers.node_leader_first("shards"):
         cached = build()
     family.release_encoders()
-    trained = Trained(
-        attached.parameters, optim.make_optimizer(attached.groups, spec.training.optimizer, device=device.torch)
-    )
+    trained = made_trainable(attached.groups, spec.training, device=device)
     trained.optimizer.register_step_post_hook(lambda *_: attached.after_update())
-    denoiser: Any = family.denoiser  # diffusers' models know how to checkpoint their activations; torch's type does not
-    if spec.training.gradient_checkpointing == "Always":
-        denoiser.enable_gradient_checkpointing()
     attached.train()
     plan = Plan(
         lock,
@@ -121,9 +121,20 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     )
     extent = Extent(spec.total_steps(plan.batches_per_epoch), plan.batches_per_epoch, spec.batch_size)
     objective = objective_of(family.process, spec.training.objective).to(device.torch)
-    return Ready(
-        device, family, cached, plan, extent, share, objective, attached, trained, Basis(lock.sha, family.file_hashes())
-    )
+    basis = Basis(lock.sha, family.file_hashes())
+    ready = Ready(device, family, cached, plan, extent, share, objective, attached, trained, basis)
+    economise(spec, ready)
+    return ready
+
+
+def economise(spec: TrainerSpec, ready: Ready) -> None:
+    """Choose attention and what is computed twice, as the job says or as it fits. Raises `BadConfig`."""
+    denoiser: Any = ready.family.denoiser  # torch's type knows nothing of configurations
+    device = ready.device.torch
+    fitting.set_attention(denoiser, spec.training.attention, device=device)
+    least = ready.share.micro_batch_size if spec.training.micro_batch_size != "Auto" else 1
+    if fitting.recomputes(spec, denoiser.config, micro_batch=least, memory_gib=fitting.memory_of(device)):
+        fitting.set_recomputing(ready.networks, on=True)
 
 
 def narrator(board: Board, *, monotonic: Callable[[], float] = time.monotonic) -> Callable[[str], None]:

@@ -78,6 +78,10 @@ class Saver:
         self.announce()
         return True
 
+    def save_beginning(self) -> None:
+        """Save the state before the first step, which is not done otherwise."""
+        self._publisher.save(self._make(0))
+
     def save(self, step: int, *, wait: bool = False) -> None:
         """Stage the state after `step`; with `wait` return only when it is acknowledged.
 

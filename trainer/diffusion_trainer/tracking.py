@@ -27,9 +27,7 @@ class Tracking:
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(
-                folder, purge_step=start_step + 1 if start_step else None, filename_suffix=f".attempt-{attempt}"
-            )
+            self._writer = SummaryWriter(folder, purge_step=start_step + 1, filename_suffix=f".attempt-{attempt}")
 
         if start_step:
             self.publish()

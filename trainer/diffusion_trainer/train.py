@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
 from diffusion_api.status import BestCheckpoint
-from diffusion_trainer import data, export, optim, output
+from diffusion_trainer import data, export, output
 from diffusion_trainer.bookkeeping import Books, LeadersBooks, Stepped
 from diffusion_trainer.cadence import Cadence
 from diffusion_trainer.checkpoint import Entry, Ledger, Publisher, Retention, Target
@@ -29,6 +27,7 @@ from diffusion_trainer.data import Batch
 from diffusion_trainer.device import gpu_errors
 from diffusion_trainer.errors import CheckpointCorrupt
 from diffusion_trainer.evaluation import Evaluator
+from diffusion_trainer.guard import RollBack
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.overfitting import conclusion
 from diffusion_trainer.peers import Peers, digest
@@ -37,7 +36,8 @@ from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Reporter
 from diffusion_trainer.saving import Saver, Voices
 from diffusion_trainer.settings import Settings
-from diffusion_trainer.state import Trained, restore, snapshot
+from diffusion_trainer.state import restore, snapshot
+from diffusion_trainer.stepping import Stepper, fitting_share
 from diffusion_trainer.stopping import StopSignal, Yielded
 from diffusion_trainer.stores import Stores, open_stores
 from diffusion_trainer.tracking import Tracking
@@ -71,8 +71,8 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
                 results = output.receipt(stores.state, stores.output, identity=spec.identity())
                 if results:
                     conclude(board, results)
-            if ended := peers.as_leader_says("delivered", how_it_ended(board) if board.state.output else None):
-                board.update(**ended)
+            if told := peers.as_leader_says("delivered", how_it_ended(board) if board.state.output else None):
+                board.update(**told)
                 LOG.info("an earlier attempt exported everything")
                 return
             if peers.leads:
@@ -80,10 +80,53 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
                     Publisher(target, staging=settings.work / "staging", on_warning=board.warn)
                 )
             ready = prepare(run, stores, work=settings.work, board=board, peers=peers)
-            step, curves = resume(run, ledger, ready, desk=desk, peers=peers)
+            ready = replace(ready, share=fitting_share(spec, ready, peers))
+        work = Work(run, desk, peers, stores, ledger, publisher)
+        stepper = Stepper(spec, ready, peers=peers, tell=partial(tell_of_micro_batch, board))
+        ended = None
+        while ended is None:
+            try:
+                ended = take_steps(work, ready, stepper)
+            except RollBack as reason:
+                ready = go_back(work, ready, stepper, reason)
+        with stop.cut_short(), peers.leader_first("export"):
+            board.update(stage="Exporting", detail="")
+            if peers.leads:
+                chosen = put_best_back(ledger, ready, ended, desk=desk)
+                conclude(board, deliver(spec, stores, ready, chosen, folder=settings.work / "export"))
+            board.update(**peers.as_leader_says("conclusion", how_it_ended(board)))  # told before the others come here
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all steps of a run have in common; there is a publisher of checkpoints in rank 0 only."""
+
+    run: RunConfig
+    desk: Desk
+    peers: Peers
+    stores: Stores
+    ledger: Ledger
+    publisher: Publisher | None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """After which step the training has ended, and who evaluated it."""
+
+    step: int
+    evaluator: Evaluator
+
+
+def take_steps(work: Work, ready: Ready, stepper: Stepper) -> Ended:
+    """Take all steps from the newest checkpoint on. Raises `Yielded`, `RollBack`, errors of the trainer."""
+    run, desk, peers = work.run, work.desk, work.peers
+    spec, settings, board, stop = run.spec, desk.settings, desk.board, desk.stop
+    with stop.cut_short():
+        step, curves = resume(work, ready)
+    with ExitStack() as stack:
         batches = stack.enter_context(open_batches(spec, ready, start_step=step, workers=settings.loader_workers))
-        courier = stack.enter_context(Courier(stores.output, on_warning=board.warn))
-        books = open_books(run, ready, curves, desk=desk, start_step=step, outlets=Outlets(stores, publisher, courier))
+        courier = stack.enter_context(Courier(work.stores.output, on_warning=board.warn))
+        books = open_books(work, ready, curves, courier, start_step=step)
         total = ready.extent.total_steps
         evaluator = Evaluator(
             spec=spec,
@@ -100,24 +143,18 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
             stop=stop,
             report=board.say,
             warn=board.warn,
+            shown=ready.trained.shown,
             peers=peers,
         )
-
+        books.begin(step)
         evaluator.evaluate_when_due(step)  # the last attempt may have been stopped before it could
         books.close(step)
         # All stop after the same step. The vote comes first: whoever is told to stop may lack an evaluation.
         while step < total and not peers.agree(stop.requested) and not evaluator.stops_early:
             wait_seconds, batch = timed(batches)
-            loss = added_up(gradients(batch, ready), ready.trained, peers)
-            learning_rate = optim.lr_at(step, spec.training.lr_schedule, peak=spec.learning_rate, total_steps=total)
-            update = optim.apply_update(
-                ready.trained.optimizer,
-                learning_rate=learning_rate,
-                max_grad_norm=spec.training.optimizer.max_grad_norm,
-                loss=loss,
-            )
+            taken = stepper.take(batch, step)
             step += 1
-            books.note(Stepped(step, loss, learning_rate, update.norm, wait_seconds))
+            books.note(Stepped(step, taken, wait_seconds))
             settings.failpoint.hit("step", step)
             evaluator.evaluate_when_due(step)
             books.close(step)
@@ -125,13 +162,21 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
         if peers.agree(stop.requested):
             books.give_way(step, seconds_left=stop.seconds_left)
             raise Yielded
+        stepper.finish()
         books.finish(step)
-        with stop.cut_short(), peers.leader_first("export"):
-            board.update(stage="Exporting", detail="")
-            if peers.leads:
-                chosen = put_best_back(ledger, ready, evaluator, last=step, desk=desk)
-                conclude(board, deliver(spec, stores, ready, chosen, folder=settings.work / "export"))
-            board.update(**peers.as_leader_says("conclusion", how_it_ended(board)))  # told before the others come here
+    return Ended(step, evaluator)
+
+
+def go_back(work: Work, ready: Ready, stepper: Stepper, reason: RollBack) -> Ready:
+    """Prepare for going on from the newest checkpoint with half the learning rate; return what is ready for that."""
+    guard, peers = ready.trained.guard, work.peers
+    guard.go_back()
+    work.desk.board.warn(f"back to the newest checkpoint, with {guard.factor:g} of the learning rate: {reason}")
+    if work.publisher is not None:
+        work.publisher.flush(deadline_seconds=math.inf)
+    work.ledger.look_again()
+    peers.begin_chapter(f"back-{guard.roll_backs}")
+    return replace(ready, share=replace(ready.share, micro_batch_size=stepper.micro_batch_size))
 
 
 def conclude(board: Board, results: output.Results) -> None:
@@ -155,8 +200,9 @@ class Chosen:
     stopped_early_at: int | None = None
 
 
-def put_best_back(ledger: Ledger, ready: Ready, evaluator: Evaluator, *, last: int, desk: Desk) -> Chosen:
+def put_best_back(ledger: Ledger, ready: Ready, ended: Ended, *, desk: Desk) -> Chosen:
     """With early stopping, put the best weights in place of the last ones; return which are in place."""
+    evaluator, last = ended.evaluator, ended.step
     rule = evaluator.spec.validation.early_stopping
     if rule is None:
         return Chosen(last)
@@ -173,19 +219,11 @@ def put_best_back(ledger: Ledger, ready: Ready, evaluator: Evaluator, *, last: i
     return Chosen(step, text, stopped)
 
 
-@dataclass(frozen=True)
-class Outlets:
-    """Where what is written down goes; there is a publisher of checkpoints in rank 0 only."""
-
-    stores: Stores
-    publisher: Publisher | None
-    courier: Courier
-
-
-def open_books(run: RunConfig, ready: Ready, curves: Curves, *, desk: Desk, start_step: int, outlets: Outlets) -> Books:
+def open_books(work: Work, ready: Ready, curves: Curves, courier: Courier, *, start_step: int) -> Books:
     """Return the books of this process."""
+    run, desk = work.run, work.desk
     spec, settings, board = run.spec, desk.settings, desk.board
-    if outlets.publisher is None:
+    if work.publisher is None:
         return Books(board)
     events = settings.work / "tensorboard" if spec.tracking.tensorboard else None
     return LeadersBooks(
@@ -194,16 +232,17 @@ def open_books(run: RunConfig, ready: Ready, curves: Curves, *, desk: Desk, star
         ready.plan,
         Reporter(board, desk.metrics, extent=ready.extent, start_step=start_step),
         Saver(
-            outlets.publisher,
+            work.publisher,
             partial(snapshot, trained=ready.trained, curves=curves, basis=ready.basis),
             cadence=Cadence.parse(spec.checkpoint.interval),
             start_step=start_step,
-            voices=Voices(board, desk.metrics, outlets.stores.state.uri),
+            voices=Voices(board, desk.metrics, work.stores.state.uri),
             best_step=board.state.best_checkpoint.step if board.state.best_checkpoint else None,
         ),
-        Tracking(curves, outlets.courier, folder=events, attempt=run.attempt, start_step=start_step),
+        Tracking(curves, courier, folder=events, attempt=run.attempt, start_step=start_step),
         desk.metrics,
         settings.failpoint,
+        ready.trained.guard,
     )
 
 
@@ -224,15 +263,16 @@ def fence(run: RunConfig, ledger: Ledger, stores: Stores) -> Target:
     return Target(stores.open_state, ledger.acquire().lease, run.spec.identity(), retention)
 
 
-def resume(run: RunConfig, ledger: Ledger, ready: Ready, *, desk: Desk, peers: Peers) -> tuple[int, Curves]:
+def resume(work: Work, ready: Ready) -> tuple[int, Curves]:
     """Put back the newest checkpoint, if the job wants that; return its step and curves, or those of a fresh start.
 
     The leader decides which one it is, and all must begin with the same bits.
     """
+    run, ledger, desk, peers = work.run, work.ledger, work.desk, work.peers
     found, scratch = None, desk.settings.work
     with desk.metrics.checkpoint_duration.labels("load").time():
         if peers.leads:
-            if run.spec.checkpoint.resume == "Never":
+            if run.spec.checkpoint.resume == "Never" and not ready.trained.guard.roll_backs:
                 ledger.start_over()
             found = ledger.load(scratch=scratch)
         entry = peers.as_leader_says("checkpoint", asdict(ledger.loaded) if ledger.loaded else None)
@@ -285,40 +325,17 @@ def open_batches(spec: TrainerSpec, ready: Ready, *, start_step: int, workers: i
         yield chain(first, batches)
 
 
+def tell_of_micro_batch(board: Board, sentence: str, size: int) -> None:
+    """Say that micro-batches are smaller from now on."""
+    board.warn(sentence)
+    board.update(micro_batch_size=size)
+
+
 def timed(batches: Iterator[list[Batch]]) -> tuple[float, list[Batch]]:
     """Return how many seconds it took to get the next step's micro-batches, and them."""
     began = time.monotonic()
     batch = next(batches)
     return time.monotonic() - began, batch
-
-
-def gradients(batches: Sequence[Batch], ready: Ready) -> Tensor:
-    """Add up the gradients of one optimizer step; return the loss of its batch, still on the device.
-
-    Every image weighs 1 / batchSize, so the sum over micro-batches is the batch's mean however it is cut up.
-    """
-    total = torch.zeros((), device=ready.device.torch)
-    for waiting in batches:
-        batch = waiting.to(ready.device.torch)
-        weights = ready.objective.weights(batch.times) * batch.weights
-        loss = (weights * ready.errors(batch)).sum() / ready.extent.batch_size
-        ready.device.accelerator.backward(loss)
-        total += loss.detach()
-    return total
-
-
-def added_up(loss: Tensor, trained: Trained, peers: Peers) -> Tensor:
-    """Replace the gradients by their sums over all processes; return the loss of the whole batch.
-
-    Every process has weighed its images by 1 / batchSize, so sums are what one process would have got.
-    """
-    if peers.world_size == 1:
-        return loss
-    parameters = [parameter for parameter in trained.parameters.values() if parameter.grad is not None]
-    *sums, total = peers.add_up([*(p.grad for p in parameters if p.grad is not None), loss])
-    for parameter, gradient in zip(parameters, sums, strict=True):
-        parameter.grad = gradient
-    return total
 
 
 def deliver(spec: TrainerSpec, stores: Stores, ready: Ready, chosen: Chosen, *, folder: Path) -> output.Results:
@@ -327,7 +344,8 @@ def deliver(spec: TrainerSpec, stores: Stores, ready: Ready, chosen: Chosen, *, 
     for name in spec.output.formats:
         prefix, write = export.writer_of(spec.trains, name)
         (folder / prefix).mkdir(parents=True, exist_ok=True)
-        paths += write(ready.trained.weights(), ready.family, spec, folder=folder / prefix)
+        with ready.trained.shown():
+            paths += write(ready.trained.weights(), ready.family, spec, folder=folder / prefix)
     card = folder / output.CARD
     card.write_text(
         output.model_card(

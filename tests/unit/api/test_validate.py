@@ -48,7 +48,7 @@ def test_epochs_count_batches():
             "spec.dataset.concepts[1].source: file:///x/y/: not supported yet: use s3://",
         ),
         ("model.source", "s3://models/sd.safetensors", "not supported yet: use a folder in diffusers layout"),
-        ("training.attention", "XFormers", "spec.training.attention: XFormers: not supported yet: use Auto or SDPA"),
+        ("training.compile", "Always", "spec.training.compile: Always: not supported yet: use Auto or Never"),
         (
             "resources",
             {"profile": "a", "nodes": 3, "gpusPerNode": 2},

@@ -61,7 +61,7 @@ class TestValidation:
         assert decision.create == ()
 
     def test_it_heals_by_a_change_of_the_spec(self) -> None:
-        job = make_job(training={"attention": "XFormers"})
+        job = make_job(training={"compile": "Always"})
         refused = after(job, ask(job))
         healed = refused | {"spec": make_job()["spec"]}
         decision = ask(healed)
@@ -72,7 +72,7 @@ class TestValidation:
 
     def test_a_running_attempt_of_a_job_that_became_invalid_is_left_running(self) -> None:
         job, pod = running()
-        job["spec"]["training"] = {"attention": "XFormers"}
+        job["spec"]["training"] = {"compile": "Always"}
         decision = ask(job, pod)
         assert (decision.rule, decision.delete) == ("validation", ())
         assert decision.status is not None

@@ -10,27 +10,30 @@ import torch
 
 from diffusion_api.run import RunConfig
 from diffusion_api.status import OutputFile
+from diffusion_api.training import Ema, NonFinite, Training
 from diffusion_trainer import output
-from diffusion_trainer.bookkeeping import settle
+from diffusion_trainer.bookkeeping import LeadersBooks
 from diffusion_trainer.cadence import Cadence, auto_seconds, fits_grace
 from diffusion_trainer.checkpoint import Snapshot
-from diffusion_trainer.curves import Curves, Evaluation, Point, first_diverged
+from diffusion_trainer.curves import Curves, Evaluation, Point
 from diffusion_trainer.data import Batch
 from diffusion_trainer.device import gpu_errors, micro_batch_size
 from diffusion_trainer.errors import (
     BadConfig,
     BadData,
     CheckpointUnsupported,
-    Diverged,
     GpuFault,
     GpuOutOfMemory,
 )
+from diffusion_trainer.guard import Guard
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.objective import DiscreteObjective
 from diffusion_trainer.objectstore import open_store
-from diffusion_trainer.optim import Group, apply_update, make_optimizer
-from diffusion_trainer.state import Basis, Trained, restore, snapshot
-from diffusion_trainer.train import gradients, open_batches
+from diffusion_trainer.optim import Group, apply_update
+from diffusion_trainer.progress import Board
+from diffusion_trainer.state import Basis, made_trainable, restore, snapshot
+from diffusion_trainer.stepping import gradients
+from diffusion_trainer.train import open_batches
 
 CPU = torch.device("cpu")
 
@@ -157,7 +160,8 @@ class FakeReady:
     batch_size: int
 
     def __post_init__(self):
-        self.device = SimpleNamespace(torch=CPU, accelerator=SimpleNamespace(backward=lambda loss: loss.backward()))
+        self.device = SimpleNamespace(torch=CPU)
+        self.trained = SimpleNamespace(scale=None)
         self.extent = SimpleNamespace(batch_size=self.batch_size)
 
     def errors(self, batch):
@@ -281,22 +285,38 @@ def test_points_since_a_step(step, left):
     assert [point.step for point in curves.since(step)] == left
 
 
-def test_the_first_loss_that_is_none_is_found():
-    points = [Point(1, 0.1, 0, 0), Point(2, math.inf, 0, 0), Point(3, math.nan, 0, 0)]
-    assert first_diverged(points) == points[1]
-    assert first_diverged(points[:1]) is None
+@pytest.mark.parametrize(("loss", "norm", "skipped"), [(0.1, 2.0, False), (math.nan, 2.0, True), (0.1, math.inf, True)])
+def test_a_step_without_numbers_counts_as_skipped(loss, norm, skipped):
+    assert Point(1, loss, 0.1, norm).skipped == skipped
 
 
-def test_divergence_names_step_and_images_and_is_counted():
-    curves, metrics = _curves(), Metrics()
+def test_lost_losses_are_counted_and_their_images_named():
+    curves, metrics, board = _curves(), Metrics(), Board(attempt=1)
     curves.note(4, loss=torch.tensor(math.nan), learning_rate=2e-3, grad_norm=torch.tensor(1.0))
-    curves.note(5, loss=torch.tensor(math.nan), learning_rate=2e-3, grad_norm=torch.tensor(1.0))
+    curves.note(5, loss=torch.tensor(1.0), learning_rate=2e-3, grad_norm=torch.tensor(math.inf))
     images = [SimpleNamespace(key=f"{i}.png") for i in range(20)]
     slots = {3: [SimpleNamespace(image=7), SimpleNamespace(image=9)]}  # steps count from 0 in the plan
     plan = SimpleNamespace(lock=SimpleNamespace(images=images), batch=slots.__getitem__)
-    with pytest.raises(Diverged, match=r"step 4 is nan.*0.002.*7\.png, 9\.png"):
-        settle(curves, plan, metrics=metrics)
-    assert "diffusion_trainer_nonfinite_loss_total 2.0" in metrics.text().decode()
+    saver = SimpleNamespace(due=lambda _: False, announce=lambda: None)
+    reporter = SimpleNamespace(due=lambda _: True, report=lambda *_: None)
+    guard = Guard(NonFinite(), CPU)
+    LeadersBooks(board, curves, plan, reporter, saver, None, metrics, None, guard).close(5)
+    assert board.state.warnings == ("step 4 changed nothing, for its loss was nan, with 7.png, 9.png",)
+    assert "diffusion_trainer_nonfinite_loss_total 1.0" in metrics.text().decode()
+    assert "diffusion_trainer_skipped_steps_total 2.0" in metrics.text().decode()
+
+
+def test_nothing_is_saved_while_steps_are_skipped():
+    """Such a checkpoint would hold the weights that led there: going back to it would lead there again."""
+    saves, guard = [], Guard(NonFinite(), CPU)
+    saver = SimpleNamespace(due=lambda _: True, announce=lambda: None, save=saves.append)
+    reporter = SimpleNamespace(due=lambda _: False, report=lambda *_: None)
+    ignored = SimpleNamespace(publish=lambda: None, hit=lambda *_: None)
+    books = LeadersBooks(Board(attempt=1), Curves(), None, reporter, saver, ignored, Metrics(), ignored, guard)
+    for step, broken in enumerate((False, True, True, False), start=1):
+        guard.note(step, torch.tensor(broken))
+        books.close(step)
+    assert saves == [1, 4]
 
 
 # --- state ---
@@ -304,18 +324,19 @@ def test_divergence_names_step_and_images_and_is_counted():
 BASIS = Basis("lock", {"unet": "hash"})
 
 
-def _trained(seed=0, names=("a", "b")):
+def _trained(seed=0, names=("a", "b"), *, extras=False):
     generator = torch.Generator().manual_seed(seed)
     parameters = {name: torch.nn.Parameter(torch.randn(3, generator=generator)) for name in names}
-    from diffusion_api.training import Optimizer
+    device = SimpleNamespace(torch=CPU, dtype=torch.float16 if extras else torch.float32)
+    return made_trainable([Group(parameters)], Training(ema=Ema(enabled=extras, decay=0.9)), device=device)
 
-    return Trained(parameters, make_optimizer([Group(parameters)], Optimizer(), device=CPU))
 
-
-def _step(trained):
+def _step(trained, number):
     loss = sum(p.square().sum() for p in trained.parameters.values())
-    loss.backward()
-    apply_update(trained.optimizer, learning_rate=0.1, max_grad_norm=1.0, loss=loss.detach())
+    (loss * trained.scale.value if trained.scale else loss).backward()
+    apply_update(trained.optimizer, learning_rate=0.1, max_grad_norm=1.0, loss=loss.detach(), scale=trained.scale)
+    if trained.average:
+        trained.average.update(number)
 
 
 def _copied(found):
@@ -323,20 +344,43 @@ def _copied(found):
     return Snapshot(found.step, tensors, json.loads(json.dumps(found.scalars)))
 
 
+@pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_state_goes_on_bit_for_bit(steps):
-    straight, first, second = _trained(), _trained(), _trained(seed=1)
-    for _ in range(5):
-        _step(straight)
-    for _ in range(steps):
-        _step(first)
+def test_state_goes_on_bit_for_bit(steps, extras):
+    straight, first, second = (_trained(seed=seed, extras=extras) for seed in (0, 0, 1))
+    for number in range(5):
+        _step(straight, number + 1)
+    for number in range(steps):
+        _step(first, number + 1)
+    first.guard.roll_backs = 2
     curves = Curves(points=[Point(step, 0.1, 0.1, 0.1) for step in range(1, steps + 1)])
     found = _copied(snapshot(steps, first, curves=curves, basis=BASIS))
     assert restore(found, second, basis=BASIS) == curves
-    for _ in range(5 - steps):
-        _step(second)
+    for number in range(steps, 5):
+        _step(second, number + 1)
     for name in straight.parameters:
         assert torch.equal(straight.parameters[name], second.parameters[name])
+    assert straight.extras().keys() == ({"average", "scale"} if extras else set())
+    for group, tensors in straight.extras().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second.extras()[group][name])
+    assert second.guard.roll_backs == 2
+
+
+def test_what_is_shown_is_the_average_where_there_is_one():
+    trained = _trained(extras=True)
+    _step(trained, 1)
+    last, average = trained.weights(), trained.average.tensors()
+    with trained.shown():
+        assert all(torch.equal(weight, average[name]) for name, weight in trained.weights().items())
+    assert all(torch.equal(weight, last[name]) for name, weight in trained.weights().items())
+    assert not torch.equal(last["a"], average["a"])
+
+
+def test_a_checkpoint_without_the_average_is_refused():
+    saved = _copied(snapshot(0, _trained(), curves=Curves(), basis=BASIS))
+    with pytest.raises(CheckpointUnsupported, match="another average"):
+        restore(saved, _trained(extras=True), basis=BASIS)
 
 
 def test_no_state_is_saved_with_curves_that_lag_behind():

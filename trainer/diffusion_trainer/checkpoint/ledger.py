@@ -153,6 +153,10 @@ class Ledger:
         """Return one checkpoint, for ranks that load what rank 0 loaded. Raises `CheckpointCorrupt`, StorageError."""
         return read_entry(self._store, entry, scratch=scratch)
 
+    def look_again(self) -> None:
+        """Forget the HEAD.json that was last seen: another process of this attempt may have published since."""
+        self._held = None
+
     @property
     def loaded(self) -> Entry | None:
         """Return the entry that the last `load` returned."""

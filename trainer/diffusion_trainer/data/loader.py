@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -78,6 +79,14 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the DataLoader calls this by name."""
         return self._mapped(torch.Tensor.pin_memory)
+
+    def cut(self, size: int) -> list[Batch]:
+        """Return batches of at most `size` images; views of this one."""
+        count = len(self.latents)
+        if count <= size:
+            return [self]
+        parts = [slice(start, start + size) for start in range(0, count, size)]
+        return [replace(self._mapped(itemgetter(part)), slots=self.slots[part]) for part in parts]
 
     def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return replace(

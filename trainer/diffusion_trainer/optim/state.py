@@ -6,7 +6,7 @@ entries a checkpoint must hold, and of what shape.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +55,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
 def load_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: OptimizerState
 ) -> None:
-    """Put back what `optimizer_state` returned, into an optimizer that was just made of the same parameters.
+    """Put back what `optimizer_state` returned, into an optimizer of the same parameters, whatever it has seen since.
 
     Raises:
         CheckpointUnsupported: entries are missing, surplus or of another shape than this optimizer's.
@@ -72,6 +72,12 @@ def load_optimizer(
         _check(name, found=owners.get(name, {}), wanted={} if name in untouched else shown[kind])
     if surplus := sorted(set(owners) - set(parameters) - {f"{_GROUP}{i}" for i in range(len(optimizer.param_groups))}):
         raise _other_optimizer(f"it holds {surplus[0]} and {len(surplus) - 1} more, which this run does not train")
+    for group in optimizer.param_groups:
+        for entry in _history(group, optimizer):
+            if entry in optimizer.defaults:
+                group[entry] = optimizer.defaults[entry]
+            else:
+                del group[entry]
     order = [name for group in optimizer.param_groups for name in _names(group, parameters)]
     optimizer.load_state_dict(
         {
@@ -120,6 +126,7 @@ def _entries_of(optimizer: torch.optim.Optimizer, group: int, parameter: nn.Para
     stand_in.grad = torch.zeros_like(parameter)
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
+    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     twin.state = defaultdict(dict)
     twin.param_groups = [{**optimizer.param_groups[group], "params": [stand_in]}]
     twin.step()
