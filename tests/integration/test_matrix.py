@@ -24,8 +24,8 @@ from testkit.warm import WarmTrainers
 STEPS = 8
 PROMPT = {"prompt": "a <it> on it", "seed": 5, "steps": 3, "guidanceScale": 2}
 FACTORS = {
-    "LoRA": 0.9,
-    "DreamBooth": 0.9,
+    "LoRA": 0.97,
+    "DreamBooth": 0.97,
     "FineTune": 0.85,
     "FromScratch": 0.85,
     "Unconditional": 0.85,
