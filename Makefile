@@ -61,3 +61,4 @@ guides: ## run the commands of the guides and renew what they show
 
 bench: ## measure; writes bench/results
 	$(python) -m bench.whole_process
+	$(python) -m bench.operator
