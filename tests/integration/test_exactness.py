@@ -35,6 +35,7 @@ def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     make_tiny_sd1(root / "model")
     make_image_folder(root / "data", 11, sizes=((64, 64), (96, 64), (64, 64)))
+    make_image_folder(root / "three-shapes", 14, sizes=((64, 64), (96, 64), (64, 96)))
     return root
 
 
@@ -78,7 +79,8 @@ VARIANTS = {
         "training": {"optimizer": {"name": "Lion"}, "ema": {"enabled": True}, "mixedPrecision": "BF16"},
         "run": {"microBatchSize": 1},
     },
-    "Adafactor, one micro-batch in fp16": {
+    "Adafactor, one micro-batch in fp16, three buckets": {
+        "dataset": {"source": "three-shapes"},
         "training": {"optimizer": {"name": "Adafactor"}, "mixedPrecision": "FP16"},
         "run": {"microBatchSize": 4},
     },
@@ -153,7 +155,10 @@ def test_killed_while_a_checkpoint_is_uploaded(job, reference, step):
 def varied(job, variant):
     job.overrides = {"training": variant.get("training", {})}
     if "dataset" in variant:
-        job.overrides["dataset"] = job.spec()["dataset"] | variant["dataset"]
+        dataset = job.spec()["dataset"] | variant["dataset"]
+        if "source" in variant["dataset"]:
+            dataset["source"] = f"file://{job.inputs}/{variant['dataset']['source']}"
+        job.overrides["dataset"] = dataset
     job.run = variant.get("run", {})
     return job
 
