@@ -33,7 +33,7 @@ def trainers():
 
 
 def made_tiny(spec, inputs, destination):
-    """Return an example's spec with its inputs, its size and its length changed, and nothing else."""
+    """Return an example's spec with its inputs, its size, its length and its words changed, and nothing else."""
     model = "pixels" if spec["method"] == "Unconditional" else "model"
     spec["model"]["source"] = f"file://{inputs}/{model}"
     spec["dataset"] |= {"source": f"file://{inputs}/data", "resolution": 64, "filters": {"minSide": 32}}
@@ -41,6 +41,8 @@ def made_tiny(spec, inputs, destination):
     spec["validation"] |= {"everySteps": 2, "prompts": [p | {"steps": 2} for p in spec["validation"]["prompts"]]}
     if "dreamBooth" in spec:
         spec["dreamBooth"]["classImages"] = 2
+    if "textualInversion" in spec:
+        spec["textualInversion"]["initializerToken"] = "c"  # the tiny tokenizer knows letters only
     spec["output"]["destination"] = f"file://{destination}"
     return spec
 
@@ -52,10 +54,11 @@ def made_tiny(spec, inputs, destination):
 def test_an_example_runs(path, inputs, trainers, tmp_path):
     example = yaml.safe_load(path.read_text())
     formats = example["spec"]["output"]["formats"]
-    spec = parse(example).trainer_part().model_dump(mode="json", by_alias=True, exclude_unset=True)
+    assert parse(example)
+    spec = {name: section for name, section in example["spec"].items() if name not in {"resources", "credentials"}}
     job = TrainerJob(tmp_path, inputs, trainers)
     made = made_tiny(spec, inputs, job.output)
-    job.overrides = {section: made.get(section) for section in job.spec()} | made
+    job.overrides = {"lora": None} | made
     job.finish()
     folders = {"Diffusers": "diffusers", "Kohya": "kohya", "SingleFile": "single-file"}
     for name in formats:
