@@ -20,6 +20,8 @@ EVENTS = [
     "AttemptStarted", "AttemptStarted", "Complete", "Preempted", "PreflightPassed", "Running", "Running", "Validated",
 ]  # fmt: skip
 WRITES = ("create", "update", "delete")
+_TIMES = ("At", "Time", "time", "since", "Since")
+"""Ends of the names of fields that hold times."""
 
 
 @dataclass(frozen=True)
@@ -112,5 +114,5 @@ def remember(installation: Installation, namespace: str) -> Life:
 def timeless(value: Any) -> Any:
     """Return a status without its times."""
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if not key.endswith(("At", "Time", "since"))}
+        return {key: timeless(item) for key, item in value.items() if not key.endswith(_TIMES)}
     return [timeless(item) for item in value] if isinstance(value, list) else value
