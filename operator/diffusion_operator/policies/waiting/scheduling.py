@@ -38,25 +38,33 @@ def why_not_scheduled(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagno
 
 def _gated(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis | None:
     gates = sorted(reading.text(gate, "name") for gate in reading.entries(pod, "spec", "schedulingGates"))
-    foreign = [gate for gate in gates if gate and gate != QUEUE_GATE]
-    if QUEUE_GATE in gates:
-        created = reading.moment(pod, "metadata", "creationTimestamp")
-        if created is not None and now - created < JUDGED and not queued.is_judged(facts):
-            return diagnosis(_C.STARTING, f"Kueue looks at pod {reading.name(pod)}", **reading.names_of(pod))
-        found = queued.why_queued(facts)
-        if found is not None:
-            return found
-        composed = events.newest(events.about_pod(facts.events, pod), "ErrWorkloadCompose")
-        if composed is not None and len(facts.pods) < facts.wanted:
-            return diagnosis(_C.GANG_INCOMPLETE, composed.message, **reading.names_of(pod))
-        if not foreign:
-            queue = reading.text(pod, "metadata", "labels", names.LABEL_QUEUE)
-            return diagnosis(_C.GATED, f"waits for Kueue; queue {queue or 'of the namespace'}", "queue")
+    foreign = [gate for gate in gates if gate and not gate.startswith(names.KUEUE_PREFIX)]
+    if QUEUE_GATE in gates and (found := _queued(facts, pod, now=now)) is not None:
+        return found
     if foreign:
         shown = ", ".join(foreign)
         return diagnosis(
             _C.GATED, f"pod {reading.name(pod)} has scheduling gates: {shown}", gates=shown, **reading.names_of(pod)
         )
+    if QUEUE_GATE in gates:
+        queue = reading.text(pod, "metadata", "labels", names.LABEL_QUEUE)
+        return diagnosis(_C.GATED, f"waits for Kueue; queue {queue or 'of the namespace'}", "queue")
+    if gates:  # admitted; Kueue takes its gates away one by one
+        return diagnosis(_C.STARTING, f"Kueue lets pod {reading.name(pod)} go", **reading.names_of(pod))
+    return None
+
+
+def _queued(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis | None:
+    """Return what Kueue says of a pod that it holds back; None where it says nothing."""
+    created = reading.moment(pod, "metadata", "creationTimestamp")
+    if created is not None and now - created < JUDGED and not queued.is_judged(facts):
+        return diagnosis(_C.STARTING, f"Kueue looks at pod {reading.name(pod)}", **reading.names_of(pod))
+    found = queued.why_queued(facts)
+    if found is not None:
+        return found
+    composed = events.newest(events.about_pod(facts.events, pod), "ErrWorkloadCompose")
+    if composed is not None and len(facts.pods) < facts.wanted:
+        return diagnosis(_C.GANG_INCOMPLETE, composed.message, **reading.names_of(pod))
     return None
 
 
@@ -71,7 +79,8 @@ def _preempting(_facts: WaitingFacts, pod: Any) -> Diagnosis | None:
 def said_by_scheduler(facts: WaitingFacts, pod: Any) -> str:
     """Return the scheduler's last sentence about the pod, from its condition or an event; empty where none is."""
     condition = reading.condition(pod, "PodScheduled")
-    if reading.text(condition, "status") == "False" and reading.text(condition, "message"):
+    gated = reading.text(condition, "reason") == "SchedulingGated"  # the scheduler's only word where no gate is left
+    if reading.text(condition, "status") == "False" and not gated and reading.text(condition, "message"):
         return reading.text(condition, "message")
     about = [said for said in events.about_pod(facts.events, pod) if said.reason == "FailedScheduling"]
     spoken = [said for said in about if not said.message.startswith("Failed to schedule pod")]

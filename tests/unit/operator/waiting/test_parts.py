@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from diffusion_api import reference
 from diffusion_api.waiting import RANK, WaitingCause
 from diffusion_api.waiting_table import OF_WAIT, WAITS, hint
-from diffusion_operator.policies.waiting import messages, nodes, occupancy, reading
+from diffusion_operator.policies.waiting import messages, nodes, occupancy, reading, scheduling
+from diffusion_operator.policies.waiting.facts import WaitingFacts
 
 
 @pytest.mark.parametrize(
@@ -136,3 +138,38 @@ def test_rows_are_unique_and_hints_say_what_is_missing() -> None:
 def test_every_cause_is_documented() -> None:
     text = reference.why_it_waits()
     assert all(f"`{cause}`" in text for cause in WaitingCause)
+
+
+def _pod(*, gates: tuple[str, ...]) -> dict[str, object]:
+    """Return a pod of which the scheduler has said nothing but that it is gated."""
+    return {
+        "metadata": {"name": "cats-1-0", "namespace": "team-a", "creationTimestamp": "2026-11-25T00:00:00Z"},
+        "spec": {"schedulingGates": [{"name": gate} for gate in gates]},
+        "status": {
+            "conditions": [
+                {
+                    "type": "PodScheduled",
+                    "status": "False",
+                    "reason": "SchedulingGated",
+                    "message": "Scheduling is blocked due to non-empty scheduling gates",
+                }
+            ]
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("gates", "cause"),
+    [
+        (("kueue.x-k8s.io/topology",), WaitingCause.STARTING),
+        ((), WaitingCause.STARTING),
+        (("example.com/approval", "kueue.x-k8s.io/topology"), WaitingCause.GATED),
+    ],
+)
+def test_a_pod_whose_gates_are_being_taken_away(gates: tuple[str, ...], cause: WaitingCause) -> None:
+    pod = _pod(gates=gates)
+    found = scheduling.why_not_scheduled(
+        WaitingFacts(pods=(pod,)), pod, now=datetime(2026, 11, 25, 0, 0, 5, tzinfo=UTC)
+    )
+    assert found.cause == cause
+    assert "kueue" not in found.hint
