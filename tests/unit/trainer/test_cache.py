@@ -9,7 +9,7 @@ import torch
 
 from diffusion_api import names
 from diffusion_api.dataset import Augmentation, Dataset
-from diffusion_trainer.cache import build
+from diffusion_trainer.cache import build, building
 from diffusion_trainer.cache.building import _shards
 from diffusion_trainer.cache.keys import latents_key, text_key
 from diffusion_trainer.data import Folder, Pictures, Variants, freeze
@@ -324,3 +324,71 @@ def test_each_entry_is_a_sign_of_life(bench):
     bench.build(CountingFamily())
     latents = [f"encoding latents {i}/8" for i in range(1, 9)]  # of 12 variants 8 differ
     assert bench.told == latents + [f"encoding text {i}/7" for i in range(1, 8)]
+
+
+# --- bugs of other trainers, planted ---
+
+
+def test_onetrainer_175_everything_is_encoded_again(bench, monkeypatch):
+    """An attempt on another machine, or after a change of options, began its cache from nothing."""
+
+    def check(where):
+        bench.build(CountingFamily(), work=f"{where}-1")
+        again = CountingFamily()
+        bench.build(again, work=f"{where}-2")
+        assert (again.images, again.captions) == (0, [])
+
+    check("ours")
+    numbers = iter(range(10_000))
+    monkeypatch.setattr(building, "latents_key", lambda image, *_, **__: f"{image.id[:8]}{next(numbers)}")
+    with pytest.raises(AssertionError):
+        check("planted")
+
+
+def test_sd_scripts_2276_latents_of_another_vae_or_resolution():
+    """Its files lie beside the images, and are believed whatever they were made with."""
+    one = LockedImage("1" * 64, "a.png", 64, 64, "", (64, 64), "train")
+    plain = Variant((64, 64), 0, 0, flip=False)
+
+    def check(key):
+        names = {
+            key(one, plain, vae_hash="a"),
+            key(one, plain, vae_hash="b"),
+            key(replace(one, bucket=(96, 64)), plain, vae_hash="a"),
+            key(one, replace(plain, flip=True), vae_hash="a"),
+        }
+        assert len(names) == 4
+
+    check(latents_key)
+    with pytest.raises(AssertionError):
+        check(lambda image, _, *, vae_hash: f"{image.key}.npz")  # noqa: ARG005 - that is the bug
+
+
+def test_diffusers_6362_everything_is_encoded_at_once(tmp_path, monkeypatch):
+    """Its SDXL script encodes a thousand rows in one pass, and runs out of GPU memory before the first step."""
+
+    class Watching(CountingFamily):
+        pixels, rows = 0, 0
+
+        def encode_images(self, pixels):
+            self.pixels = max(self.pixels, pixels[:, 0].numel())
+            return super().encode_images(pixels)
+
+        def encode_text(self, captions):
+            self.rows = max(self.rows, len(captions))
+            return super().encode_text(captions)
+
+    bench = Bench(tmp_path, count=12)
+
+    def check(pixels, rows, work):
+        monkeypatch.setattr(building, "_PIXELS_AT_A_TIME", pixels)
+        monkeypatch.setattr(building, "_CAPTIONS_AT_A_TIME", rows)
+        family = Watching()
+        bench.build(family, work=work, store=open_store((tmp_path / work).as_uri()))
+        assert 0 < family.pixels <= 2 * 96 * 64
+        assert 0 < family.rows <= 4
+
+    check(2 * 96 * 64, 4, "ours")
+    for planted, limits in {"images": (10**9, 4), "captions": (2 * 96 * 64, 1000)}.items():
+        with pytest.raises(AssertionError):
+            check(*limits, planted)

@@ -1,9 +1,12 @@
 """Objectives against numbers computed in NumPy from the papers' formulas, never from our own output."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from diffusion_trainer.models.loading import load_discrete_process
 from diffusion_trainer.objective import DiscreteObjective
 from diffusion_trainer.objective.discrete import add_noise, sample_losses, snr, snr_weights, target
 
@@ -96,3 +99,38 @@ def test_objective_uses_the_tables_of_each_timestep():
     noisy = objective.noisy(torch.from_numpy(latents), torch.from_numpy(noise), times=timesteps)
     a = ALPHAS[TIMESTEPS][:, None, None, None]
     np.testing.assert_allclose(noisy.numpy(), np.sqrt(a) * latents + np.sqrt(1 - a) * noise, rtol=1e-4, atol=1e-6)
+
+
+def _published(config):
+    """Return alphas_cumprod in fp64, from the papers: DDPM, latent diffusion, zero terminal SNR."""
+    first, last = config["beta_start"], config["beta_end"]
+    if config["beta_schedule"] == "linear":  # arXiv 2006.11239, section 4
+        betas = first + (last - first) * np.arange(1000) / 999
+    else:  # scaled_linear: linear in the square root
+        betas = (first**0.5 + (last**0.5 - first**0.5) * np.arange(1000) / 999) ** 2
+    alphas = np.cumprod(1 - betas)
+    if config.get("rescale_betas_zero_snr"):  # arXiv 2305.08891, algorithm 1
+        roots = np.sqrt(alphas)
+        alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    return alphas
+
+
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        STABLE_DIFFUSION,
+        STABLE_DIFFUSION | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
+    ],
+)
+def test_noise_schedules_of_the_families(tmp_path, config):
+    """SD1, SD2 and SDXL have the first, unconditional models the last; the second is how v is made to end in noise."""
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    found = load_discrete_process(tmp_path)
+    np.testing.assert_allclose(found.alphas_cumprod.numpy(), _published(config), rtol=2e-4, atol=1e-7)
+    assert found.prediction_type == ("VPrediction" if "prediction_type" in config else "Epsilon")
+    assert (found.alphas_cumprod[-1] == 0) == ("rescale_betas_zero_snr" in config)

@@ -109,6 +109,7 @@ def test_auto_is_what_the_model_was_made_for():
     assert process_as_asked(NOISE, Asked()) == NOISE
     assert process_as_asked(FLOW, Asked()) == process_as_asked(FLOW, Asked(prediction_type="Flow")) == FLOW
     assert objective_of(FLOW, Asked()) == FlowObjective(3.0, "LogitNormal")
+    assert objective_of(FLOW, Asked(snr_gamma=1)) == objective_of(FLOW, Asked(snr_gamma=None))  # it has no meaning
     found = objective_of(NOISE, Asked())
     assert (found.prediction, found.sampling) == ("Epsilon", "Uniform")
 

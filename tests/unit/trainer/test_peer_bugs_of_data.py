@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_api.dataset import Augmentation
+from diffusion_api.dataset import Augmentation, Buckets, Dataset
 from diffusion_trainer.cache.keys import latents_key
-from diffusion_trainer.data import DatasetLock, LockedImage, Plan, Share, Variants, open_loader
+from diffusion_trainer.data import DatasetLock, LockedImage, Plan, Share, Variants, loader, open_loader
+from diffusion_trainer.data.buckets import choose, nearest
 from diffusion_trainer.data.freezing import split
-from diffusion_trainer.data.transforms import transform
+from diffusion_trainer.data.transforms import Variant, geometry, transform
 from diffusion_trainer.objective import DiscreteObjective
+from diffusion_trainer.peers import Peers
 from diffusion_trainer.validation import BINS, validate
 
 OBJECTIVE = DiscreteObjective.of(torch.linspace(0.999, 0.005, 1000), prediction="Epsilon", gamma=None)
@@ -244,3 +246,127 @@ def test_a_split_by_position_leaks_when_an_image_is_added():
     check(split)
     with pytest.raises(AssertionError):
         check(by_position)
+
+
+def test_accelerate_2016_a_resumed_run_begins_its_data_and_noise_anew(monkeypatch):
+    """diffusers skips no batch that was trained on, sd-scripts knows the epoch only, and noise begins again."""
+    images = lock(*(image(i) for i in range(14)))  # 4 batches an epoch
+    first = 26
+
+    def check(before, after):
+        whole = batches(before, steps=40)[first:]
+        resumed = [p for ps in open_loader(
+            after, FakeCache(), steps=range(first, 40), share=Share(4), objective=OBJECTIVE
+        ) for p in ps]  # fmt: skip
+        for a, b in zip(whole, resumed, strict=True):
+            assert torch.equal(a.latents, b.latents)
+            assert torch.equal(a.times, b.times)
+            assert torch.equal(a.noise, b.noise)
+
+    class Anew(Plan):
+        def batch(self, step):
+            return super().batch(step - first)
+
+    class FromTheEpoch(Plan):
+        def batch(self, step):
+            return super().batch(step - first + first // self.batches_per_epoch * self.batches_per_epoch)
+
+    options = {"batch_size": 4, "seed": 1}
+    check(Plan(images, **options), Plan(images, **options))
+    for planted in (Anew, FromTheEpoch):
+        with pytest.raises(AssertionError):
+            check(Plan(images, **options), planted(images, **options))
+    numbers = np.random.default_rng(1)  # one generator, whose state no checkpoint holds
+    monkeypatch.setattr(loader, "stream", lambda *_: numbers)
+    with pytest.raises(AssertionError):
+        check(Plan(images, **options), Plan(images, **options))
+
+
+def test_sd_scripts_1709_the_cache_holds_one_draw_of_the_latents():
+    """Its files hold one sample of the VAE's posterior, seen in every epoch, and not its mean and deviation."""
+
+    class Posterior(FakeCache):
+        def latents(self, number, _variant):
+            return torch.full((4, 8, 8), float(number)), torch.ones(4, 8, 8)
+
+    class OneDraw(Posterior):
+        def latents(self, number, variant):
+            mean, std = super().latents(number, variant)
+            return mean + std * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(number)), 0 * std
+
+    def check(cache):
+        seen = [batch.latents[0] for batch in batches(Plan(lock(image(0)), batch_size=1, seed=1), cache, steps=6)]
+        assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+    check(Posterior())
+    with pytest.raises(AssertionError):
+        check(OneDraw())
+
+
+def test_diffusers_6234_mirrored_pictures_are_told_the_crop_of_those_that_are_not():
+    pixels = np.zeros((64, 200, 3), dtype=np.uint8)
+    pixels[..., 0] = np.arange(200)
+    variant = Variant(scaled=(200, 64), left=30, top=0, flip=True)
+
+    def check(told):
+        seen, _ = transform(Image.fromarray(pixels), variant, SQUARE)
+        left = told((200, 64), variant, SQUARE).crop[0]
+        mirrored = pixels[:, ::-1, 0][:, left : left + 64]
+        assert np.array_equal(((seen[0] + 1) * 127.5).round().numpy(), mirrored)
+
+    check(geometry)
+    with pytest.raises(AssertionError):
+        check(lambda size, variant, target: geometry(size, replace(variant, flip=False), target))
+
+
+def test_diffusers_7908_pictures_are_cut_to_squares():
+    """Its scripts for SD1 and SDXL have no buckets: of a picture of 3:2 a third is never seen."""
+    sizes = [(900, 600), (600, 900), (800, 800), (1024, 600)]
+
+    def check(buckets):
+        shapes = choose(sizes, Dataset(source="file:///d", resolution=512, buckets=buckets), batch_size=1)
+        for width, height in sizes:
+            to = nearest((width, height), shapes)
+            ratios = sorted([width / height, to[0] / to[1]])
+            assert ratios[0] / ratios[1] > 0.85  # of the picture is seen
+
+    check(Buckets())
+    with pytest.raises(AssertionError):
+        check(Buckets(enabled=False))
+
+
+def test_a_validation_on_rank_0_makes_the_others_wait():
+    """diffusers and SimpleTuner measure everything on rank 0."""
+    images = lock(*(image(i, side="validation") for i in range(6)))
+
+    class OfFour(Peers):
+        world_size = 4
+
+        def __init__(self, rank):
+            self.rank = rank
+
+    class OnTheFirst(OfFour):
+        @property
+        def part(self):
+            return slice(None) if self.leads else slice(0)
+
+    def measured(peers):
+        passes = []
+
+        def loss(batch):
+            passes.append(len(batch.latents))
+            return batch.latents[:, 0, 0, 0]
+
+        validate(
+            images, FakeCache(), loss, objective=OBJECTIVE, seed=1, batch_size=4, device="cpu",
+            part=peers.part, gather=lambda _: [],
+        )  # fmt: skip
+        return sum(passes)
+
+    def check(kind):
+        of_each = [measured(kind(rank)) for rank in range(4)]
+        assert of_each == [6 * BINS // 4] * 4
+
+    check(OfFour)
+    with pytest.raises(AssertionError):
+        check(OnTheFirst)

@@ -1,6 +1,7 @@
 """One step and what may go wrong in it: memory that is short, losses that are no numbers, several processes."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from diffusion_trainer import fitting, stepping
 from diffusion_trainer.data import Batch, Share
 from diffusion_trainer.errors import Diverged, GpuOutOfMemory
 from diffusion_trainer.guard import RollBack
-from diffusion_trainer.optim import Group
+from diffusion_trainer.optim import Group, lr_at
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.state import made_trainable
 from diffusion_trainer.stepping import Stepper, cut, fitting_share
@@ -184,18 +185,78 @@ def test_the_learning_rate_is_halved_after_going_back():
     assert rates[1] == rates[0] / 2
 
 
+def _of_accelerate(step, schedule, *, peak, total_steps, processes, accumulation):  # noqa: ARG001
+    """AcceleratedScheduler advances once per process."""
+    return lr_at(step * processes, schedule, peak=peak, total_steps=total_steps)
+
+
+def _of_diffusers(step, schedule, *, peak, total_steps, processes, accumulation):  # noqa: ARG001
+    """The SDXL scripts count micro-batches, where the scheduler counts updates."""
+    longer = schedule.model_copy(update={"warmup_steps": schedule.warmup_steps * accumulation})
+    return lr_at(step, longer, peak=peak, total_steps=total_steps * accumulation)
+
+
+def _of_sd_scripts(step, schedule, *, peak, total_steps, processes, accumulation):  # noqa: ARG001
+    """`get_scheduler_fix` multiplies the training steps by the processes, and not the warm-up."""
+    return lr_at(step, schedule, peak=peak, total_steps=total_steps * processes)
+
+
 @pytest.mark.parametrize("name", ["Cosine", "Linear", "CosineWithRestarts", "WarmupStableDecay"])
-def test_diffusers_9633_the_schedule_counts_neither_processes_nor_micro_batches(name):
-    """diffusers' and accelerate's schedulers advance once per process, kohya's and others' once per micro-batch."""
-    curves = []
-    for processes, micro_batch in [(1, 8), (1, 2), (2, 4), (2, 1)]:
-        peers = Fellow(limit=99) if processes == 2 else Peers()
+def test_diffusers_9633_the_schedule_counts_processes_or_micro_batches(monkeypatch, name):
+    def curve(processes, micro_batch, planted):
+        accumulation = IMAGES // processes // micro_batch
         ready = FakeReady(micro_batch=micro_batch)
+        peers = Fellow(limit=99) if processes == 2 else Peers()
         stepper = _stepper(ready, peers=peers, lrSchedule={"name": name, "warmupSteps": 10})
         batches = cut([_batch(IMAGES // processes)], micro_batch)
-        curves.append([stepper.take(batches, step).learning_rate for step in range(0, 100, 7)])
-    assert all(curve == curves[0] for curve in curves)
-    assert len(set(curves[0])) > 2
+        with monkeypatch.context() as there:
+            if planted:
+                rule = partial(planted, processes=processes, accumulation=accumulation)
+                there.setattr(stepping.optim, "lr_at", rule)
+            return [stepper.take(batches, step).learning_rate for step in range(0, 100, 7)]
+
+    def check(planted=None):
+        curves = [curve(*shape, planted) for shape in [(1, 8), (1, 2), (2, 4), (2, 1)]]
+        assert all(found == curves[0] for found in curves)
+        assert len(set(curves[0])) > 2
+
+    check()
+    for planted in (_of_accelerate, _of_diffusers, _of_sd_scripts):
+        with pytest.raises(AssertionError):
+            check(planted)
+
+
+def test_a_process_that_mends_its_lack_of_memory_alone_leaves_the_others_behind():
+    """Caught where it occurs, the error leaves processes with different numbers of micro-batches."""
+
+    class Alone(Fellow):
+        def agree(self, wish):
+            return wish
+
+    def check(kind):
+        peers = kind(limit=2)
+        stepper = _stepper(FakeReady(), peers=peers)
+        peers.size = lambda: stepper.micro_batch_size
+        stepper.take([_batch(4)], 0)
+        assert stepper.micro_batch_size == 2  # what the other process has room for
+
+    check(Fellow)
+    with pytest.raises(AssertionError):
+        check(Alone)
+
+
+def test_one_step_without_numbers_ruins_the_weights_of_peers(monkeypatch):
+    def check():
+        ready = FakeReady()
+        stepper = _stepper(ready)
+        for step, bad in enumerate([False, True, False]):
+            stepper.take([_batch(bad=bad)], step)
+        assert ready.weight.isfinite().all()
+
+    check()
+    monkeypatch.setattr("diffusion_trainer.optim.update._step_unless", lambda _, optimizer: optimizer.step())
+    with pytest.raises(AssertionError):
+        check()
 
 
 def test_the_average_follows_every_step():
