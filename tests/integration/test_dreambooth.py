@@ -30,12 +30,12 @@ def test_class_images_are_drawn_once_and_trained_on_by_every_attempt(tmp_path):
             "checkpoint": {"interval": "1steps"},
         }
         assert job.attempt(failpoint="step:2:kill") == -9
-        assert "drawing class images 2/2" in job.log.read_text()
+        assert "drew 2 class images, 0 were there" in job.log.read_text()
         drawn = state(job)
         assert sorted(drawn) == ["class-images/00000.png", "class-images/00001.png", "class.lock.json"]
         job.finish()
     assert state(job) == drawn
-    assert "drawing" not in job.log.read_text()
+    assert "drew" not in job.log.read_text()
     lock = DatasetLock.from_json(drawn["class.lock.json"])
     assert [(one.caption, one.role, one.bucket) for one in lock.images] == [("a thing", "class", (64, 64))] * 2
     lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]

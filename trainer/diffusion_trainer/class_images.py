@@ -6,6 +6,7 @@ image begins with is a function of (seed, number), so it does not matter which p
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from diffusion_trainer.peers import Peers
 from diffusion_trainer.rng import Purpose, stream
 from diffusion_trainer.sampling import sample_grid
 
+LOG = logging.getLogger(__name__)
 PREFIX = "class-images/"
 LOCK_KEY = "class.lock.json"
 STEPS, GUIDANCE = 50, 7.5
@@ -114,6 +116,7 @@ def _draw(
         with suppress(PreconditionFailed):  # another start of the job was first; what it drew is what counts
             state.put(one.key, grid.picture_png(0), if_absent=True)
         report(f"drawing class images {number}/{len(missing)}")
+    LOG.info("drew %d class images, %d were there", len(missing), len(wanted) - len(missing))
 
 
 def _freeze(wanted: Sequence[Wanted], prompt: str, *, state: ObjectStore, pictures: Pictures) -> None:
