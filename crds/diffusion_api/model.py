@@ -24,7 +24,7 @@ class Model(ApiModel):
     """The base model, in diffusers layout or as one safetensors file."""
 
     source: Uri
-    """Folder in diffusers layout (with model_index.json), or a single .safetensors file."""
+    """Folder in diffusers layout (with model_index.json), or a single .safetensors file of SD1, SD2 or SDXL."""
     revision: Annotated[str, Field(max_length=128)] | None = None
     """Commit of an hf:// source. Pin it: a branch may move between two attempts."""
     family: Literal["Auto", "SD1", "SD2", "SDXL", "SD3", "UNet2D"] = "Auto"

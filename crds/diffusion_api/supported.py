@@ -51,8 +51,8 @@ def unsupported(spec: JobSpec, *, local: bool = False) -> Iterator[tuple[str, ob
         value = _at(content, limit.path)
         if value is not _ABSENT and value not in limit.allowed:
             yield limit.path, value, _remedy(limit)
-    if spec.model.source.endswith(".safetensors"):
-        yield "model.source", spec.model.source, "use a folder in diffusers layout instead of a single file"
+    if spec.model.source.endswith(".ckpt"):
+        yield "model.source", spec.model.source, "convert it to one .safetensors file: a pickle can run code"
     schemes = LOCAL_SCHEMES if local else SCHEMES
     for path, uri in _locations(spec):
         if uri.split("://", maxsplit=1)[0] not in schemes:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from diffusion_api import names
 from diffusion_api.run import RunConfig
+from diffusion_trainer.models.single_file import SingleFile
 from diffusion_trainer.models.sources import Source, WithOtherVae
-from diffusion_trainer.objectstore import Credentials, ObjectStore, join_uri, open_store
+from diffusion_trainer.objectstore import Credentials, ObjectStore, join_uri, open_store, split_uri
 from diffusion_trainer.objectstore.settings import TransferSettings
 
 
@@ -41,7 +42,11 @@ def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings
         settings=settings,
     )
     open_state = partial(opened, join_uri(spec.output.destination, names.checkpoint_prefix(run.job.uid)))
-    model: Source = opened(spec.model.source)
+    if spec.model.source.endswith(".safetensors"):
+        root, key = split_uri(spec.model.source)
+        model: Source = SingleFile(opened(root), key)
+    else:
+        model = opened(spec.model.source)
     return Stores(
         model=WithOtherVae(model, opened(spec.model.vae)) if spec.model.vae else model,
         datasets=tuple(opened(source) for source in spec.dataset.sources),

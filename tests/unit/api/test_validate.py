@@ -47,7 +47,7 @@ def test_epochs_count_batches():
             {"concepts": [{"source": "s3://a/b/"}, {"source": "file:///x/y/"}]},
             "spec.dataset.concepts[1].source: file:///x/y/: not supported yet: use s3://",
         ),
-        ("model.source", "s3://models/sd.safetensors", "not supported yet: use a folder in diffusers layout"),
+        ("model.source", "s3://models/sd.ckpt", "not supported yet: convert it to one .safetensors file"),
         ("training.compile", "Always", "spec.training.compile: Always: not supported yet: use Auto or Never"),
         (
             "resources",

@@ -284,8 +284,11 @@ def test_fetching_what_is_no_model_is_missing_input(tmp_path):
     (tmp_path / "m").mkdir()
     with pytest.raises(InputMissing, match=r"no model_index\.json; give a folder in diffusers layout$"):
         fetch_model(open_store((tmp_path / "m").as_uri()), tmp_path / "work", report=print)
-    with pytest.raises(InputMissing, match="single-file checkpoints are not read yet"):
-        fetch_model(open_store((tmp_path / "v1-5.safetensors").as_uri()), tmp_path / "work", report=print)
     (tmp_path / "m" / "v1-5.safetensors").write_bytes(b"")
-    with pytest.raises(InputMissing, match="single-file checkpoints are not read yet"):
+    with pytest.raises(
+        InputMissing, match=r"diffusers layout, or name the file itself: file://.*/m/v1-5\.safetensors$"
+    ):
+        fetch_model(open_store((tmp_path / "m").as_uri()), tmp_path / "work", report=print)
+    (tmp_path / "m" / "v1-5.ckpt").write_bytes(b"")
+    with pytest.raises(InputMissing, match=r"a \.ckpt is a pickle, which runs code"):
         fetch_model(open_store((tmp_path / "m").as_uri()), tmp_path / "work", report=print)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from diffusion_trainer.errors import BadData, InputMissing
 from diffusion_trainer.models.inspection import INDEX, TRAINABLE, Component, is_shard
-from diffusion_trainer.models.sources import Source
+from diffusion_trainer.models.sources import Converted, Source
+from diffusion_trainer.objectstore.base import ObjectInfo
 from diffusion_trainer.objectstore.parallel import in_parallel
 
 _PARALLEL = 4
@@ -24,35 +25,45 @@ def fetch_model(source: Source, work: Path, *, report: Callable[[str], None]) ->
         BadData: the source contains code.
 
     """
-    sizes = wanted_files(source)
+    wanted = wanted_files(source)
     folder = work / "model"
-    report(f"downloading the model ({sum(sizes.values()) / 1e9:.1f} GB)")
+    report(f"downloading the model ({sum(info.size for info in wanted.values()) / 1e9:.1f} GB)")
 
     def fetch(key: str) -> None:
         path = folder / key
-        if not path.is_file() or path.stat().st_size != sizes[key]:
+        if not _is_there(path, wanted[key]):
             path.parent.mkdir(parents=True, exist_ok=True)
             source.get_to_file(key, path)
 
-    in_parallel(fetch, sizes, parallel=_PARALLEL)
+    in_parallel(fetch, wanted, parallel=_PARALLEL)
     return folder
 
 
-def wanted_files(source: Source) -> dict[str, int]:
-    """Return the keys that loading may read and their bytes. Raises like `fetch_model`."""
-    found = {info.key: info.size for info in source.list()}
+def _is_there(path: Path, info: ObjectInfo) -> bool:
+    return path.is_file() and (isinstance(info, Converted) or path.stat().st_size == info.size)
+
+
+def wanted_files(source: Source) -> dict[str, ObjectInfo]:
+    """Return the files that loading may read, by their keys. Raises like `fetch_model`."""
+    found = {info.key: info for info in source.list()}
     if INDEX not in found:
-        files = [source.uri.rstrip("/"), *(key for key in found if "/" not in key)]
-        single = any(file.endswith((".safetensors", ".ckpt")) for file in files)
         raise InputMissing(
-            f"model.source {source.uri} has no {INDEX}; give a folder in diffusers layout"
-            + (", single-file checkpoints are not read yet" if single else "")
+            f"model.source {source.uri} has no {INDEX}; give a folder in diffusers layout{_single_file(source, found)}"
         )
     code = next((key for key in found if key.endswith((".py", ".pyc", ".so"))), None)
     if code:
         raise BadData(f"model.source {source.uri}{code} is code, and code of models is never run; remove it")
     whole = {key for key in found if key.endswith(".safetensors")}
-    return {key: size for key, size in found.items() if key == INDEX or _wanted(key, whole)}
+    return {key: info for key, info in found.items() if key == INDEX or _wanted(key, whole)}
+
+
+def _single_file(source: Source, found: Collection[str]) -> str:
+    """Return what there is to say of checkpoints in one file where a folder was looked for."""
+    top = [key for key in found if "/" not in key]
+    if source.uri.rstrip("/").endswith(".ckpt") or any(key.endswith(".ckpt") for key in top):
+        return "; a .ckpt is a pickle, which runs code, and is never read: convert it to one .safetensors file"
+    single = next((key for key in sorted(top) if key.endswith(".safetensors")), None)
+    return f", or name the file itself: {source.uri}{single}" if single else ""
 
 
 def _wanted(key: str, there: Collection[str]) -> bool:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion_trainer.models.origins import origins
+
 
 class ModelFiles:
     """The folder of a model that `check_files` has passed, and its weight files by their path in it."""
@@ -28,8 +30,9 @@ class ModelFiles:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def hashes(self) -> dict[str, str]:
-        """Return the sha256 of each weight file."""
-        return {relative: self._hash(relative) for relative in sorted(self.weights)}
+        """Return the sha256 of each weight file, or of the file that it was converted from."""
+        noted = origins(self.folder)
+        return {relative: noted.get(relative) or self._hash(relative) for relative in sorted(self.weights)}
 
     def _hash(self, relative: str) -> str:
         if relative not in self._hashes:

@@ -139,6 +139,12 @@ def check_fit(family: FamilyName, spec: TrainerSpec) -> None:
     """Raise `BadConfig` where the job asks for what a model of that family cannot do."""
     for path, value, reason in spec.misfits(family):
         raise BadConfig(f"{path}: {value}: {reason}" if path != "method" else f"method: {reason}")
+    single = spec.model.source.endswith(".safetensors")
+    if family == "SD2" and single and spec.training.objective.prediction_type == "Auto":
+        raise BadConfig(
+            "training.objective.predictionType: Auto: model.source is a single file of SD2, which does not say what "
+            "its denoiser predicts; use VPrediction for models of 768 px, Epsilon for those of 512 px (base)"
+        )
 
 
 def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, Path]:

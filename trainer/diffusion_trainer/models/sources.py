@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,11 @@ from diffusion_trainer.errors import InputMissing
 from diffusion_trainer.objectstore.base import ObjectInfo
 
 _VAE, _CONFIG = "vae/", "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Converted(ObjectInfo):
+    """A file that is made on this machine out of another one; its size is a guess."""
 
 
 class Source(Protocol):

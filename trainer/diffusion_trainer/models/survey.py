@@ -36,7 +36,7 @@ def look_at(model: Model, source: Source, *, work: Path, complete: bool = True) 
 
     """
     folder = work / "model-survey"
-    sizes = wanted_files(source)
+    wanted = wanted_files(source)
 
     def fetch(key: str) -> None:
         path = folder / key
@@ -46,7 +46,7 @@ def look_at(model: Model, source: Source, *, work: Path, complete: bool = True) 
         else:
             path.touch()
 
-    in_parallel(fetch, sizes, parallel=_PARALLEL)
+    in_parallel(fetch, wanted, parallel=_PARALLEL)
     family = trainable_family(folder, model)
     for name in _DENOISERS:
         if not complete and name in TRAINABLE[family] and (folder / name).is_dir():
