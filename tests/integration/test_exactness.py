@@ -181,7 +181,7 @@ def test_a_variant_killed_after_a_step(job, tmp_path_factory, inputs, trainers, 
     assert not torch.equal(weights[1], [tensor for key, tensor in reference[0].items() if key.startswith("model/")][1])
     assert varied(job, VARIANTS[name]).attempt(failpoint="step:5:kill") == KILLED
     job.finish()
-    assert resumed_from(job) in {2, 4}
+    assert resumed_from(job) in {2, 3, 4}
     assert_same(job, wanted)
 
 
@@ -303,6 +303,7 @@ def test_an_attempt_after_the_end_has_the_same_output(job, reference):
     assert_same(job, reference)
 
 
+@pytest.mark.nightly
 def test_new_interpreters_agree_with_forks(job, reference):
     """The same with nothing shared between the attempts, not even the seed of string hashes."""
     for hash_seed, failpoint, code in (("1", "step:3:kill", KILLED), ("2", "", 0)):

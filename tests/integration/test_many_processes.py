@@ -114,7 +114,7 @@ def test_only_rank_0_writes_and_speaks(undisturbed):
     assert [word.get("latestCheckpoint") is not None for word in words(undisturbed)] == [True, False]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_killed_process_ends_the_attempt_and_costs_nothing(job, undisturbed, rank):
     assert job.attempt(failpoint=f"step:3:kill:{rank}", seams=[FORK]) == KILLED, job.log.read_text()
     word = job.last_word()
@@ -132,7 +132,7 @@ def test_the_wrong_noise_is_found(job, undisturbed):
         assert_same(job, undisturbed, atol=1e-6)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_stop_ends_all_after_the_same_step(job, undisturbed, rank):
     seams = [FORK, ("in_rank", (rank, "terminate_pod_before_step", 3))]
     assert job.attempt(seams=seams) == ExitCode.YIELDED, job.log.read_text()
@@ -224,6 +224,7 @@ def test_two_pods_lose_one_and_end_with_the_same_weights(nodes, undisturbed):
     assert_same(nodes[0], undisturbed)
 
 
+@pytest.mark.nightly
 def test_a_stop_of_one_pod_stops_both(nodes, undisturbed):
     codes = attempt(nodes, seams=[("in_rank", (1, "terminate_pod_before_step", 3))])
     assert codes == [ExitCode.YIELDED] * 2, nodes[0].log.read_text() + nodes[1].log.read_text()
