@@ -1,6 +1,7 @@
 """A job on two nodes: it trains, loses a pod, starts again as a whole, and nothing is lost.
 
-With one process on each; `make nightly` has two, which takes two cores twice as long to start.
+Nightly, because two cores take minutes for the starts alone. tests/integration/test_many_processes.py does the same
+with two pods that are processes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def log_of(cluster, pod, team):
         return ""
 
 
-@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("gpus", [1, 2])
 def test_a_lost_pod_restarts_the_whole_and_costs_nothing(platform, team, gpus):
     cluster = platform.cluster
     cluster.apply(on_two_nodes("whole", team, gpus=gpus), namespace=team)

@@ -98,15 +98,13 @@ def interrupt(cluster: ClusterHandle) -> None:
 
 
 def finish(cluster: ClusterHandle, name: str) -> None:
-    """Watch a job until it ends; raise when it ended badly."""
-    job = watch(cluster, name, lambda found: found.get("status", {}).get("phase") in {"Complete", "Failed"})
-    if job["status"]["phase"] != "Complete":
-        raise SystemExit(f"job {name} failed: {json.dumps(job['status'], indent=1)}")
+    """Watch a job until it is complete."""
+    watch(cluster, name, lambda found: found.get("status", {}).get("phase") == "Complete")
     cluster.kubectl("wait", "--for=condition=Complete", f"dtj/{name}", "-n", NAMESPACE, "--timeout=10s")
 
 
 def watch(cluster: ClusterHandle, name: str, until: Any, *, timeout: float = 900) -> Object:
-    """Print the job's line of `kubectl get dtj` whenever it changes, until the condition holds."""
+    """Print the job's line of `kubectl get dtj` whenever it changes, until the condition holds; raise when it fails."""
     began = time.monotonic()
     shown: list[str] = []
 
@@ -117,6 +115,8 @@ def watch(cluster: ClusterHandle, name: str, until: Any, *, timeout: float = 900
         if shown[-1:] != [line]:
             shown.append(line)
             print(f"  {time.monotonic() - began:6.1f} s  {name}  {line}", flush=True)
+        if status.get("phase") == "Failed":
+            raise SystemExit(f"job {name} failed: {json.dumps(status, indent=1)}")
         return job if until(job) else None
 
     found = wait_until(probe, describe=f"job {name}", timeout=timeout, interval=0.2)

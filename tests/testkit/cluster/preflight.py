@@ -29,7 +29,7 @@ def require(folder: Path) -> None:
 
     Installs packages where it may.
     """
-    problems = lacking() + path_problems(folder)
+    problems = lacking() + path_problems(folder) + environment_problems(Path(sys.prefix))
     if problems:
         raise MachineUnfitError("\n".join(["no local cluster can run here:", *(f"- {p}" for p in problems), INSTEAD]))
 
@@ -74,6 +74,15 @@ def path_problems(folder: Path) -> list[str]:
         return []
     excess = len(longest) - _SOCKET_NAME + 1
     return [f"its state folder {folder} is {excess} characters too long for sockets: shorten DIFFUSION_OPERATOR_CACHE"]
+
+
+def environment_problems(prefix: Path) -> list[str]:
+    """Return a sentence when pods, which have a /tmp of their own, could not see this Python environment. Pure."""
+    if Path("/tmp") not in prefix.parents:
+        return []
+    return [
+        f"pods would not see the Python environment {prefix}: set DIFFUSION_OPERATOR_CACHE to a folder outside /tmp"
+    ]
 
 
 def overlaps(routes: Sequence[str]) -> list[str]:

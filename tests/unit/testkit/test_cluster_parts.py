@@ -227,3 +227,9 @@ def test_a_state_folder_too_long_for_sockets_is_refused():
     assert preflight.path_problems(Path("/home/someone/.cache/diffusion-operator/cluster")) == []
     [problem] = preflight.path_problems(Path("/home", "x" * 80))
     assert "is 25 characters too long for sockets: shorten DIFFUSION_OPERATOR_CACHE" in problem
+
+
+def test_an_environment_that_pods_cannot_see_is_refused():
+    assert preflight.environment_problems(Path("/home/someone/.cache/diffusion-operator/python-0123")) == []
+    [problem] = preflight.environment_problems(Path("/tmp/cache/python-0123"))
+    assert "outside /tmp" in problem
