@@ -29,14 +29,19 @@ fix: ## mend what the formatter and the linter can
 	$(python) -m ruff format .
 	$(python) -m ruff check --fix .
 
-# Side by side: the tests with the cluster wait more than they work. Their output is shown at the end, whole.
+# Three parts side by side: the tests with the cluster wait more than they work. Outputs are shown whole, one by one.
+e2e := tests/e2e
+first := tests/unit tests/contract $(wildcard tests/integration/test_[a-l]*.py)
+second := $(wildcard tests/integration/test_[m-z]*.py)
 test: tools ## every tier but gpu and nightly
 	@own=$$(mktemp -d); \
-	$(python) -m pytest -m "not gpu and not nightly" -p no:cacheprovider --basetemp $$own/base --durations=15 tests/e2e > $$own/log 2>&1 & cluster=$$!; \
-	$(python) -m pytest -m "not gpu and not nightly" --durations=15 tests/unit tests/contract tests/integration; rest=$$?; \
-	wait $$cluster; cluster=$$?; \
-	cat $$own/log; rm -rf $$own; \
-	exit $$((rest | cluster))
+	part() { $(python) -m pytest -m "not gpu and not nightly" -p no:cacheprovider --durations=15 \
+	  --basetemp "$$own/$$1" $${@:2} > "$$own/$$1.log" 2>&1; }; \
+	part e2e $(e2e) & e2e=$$!; \
+	part first $(first) & first=$$!; \
+	part second $(second) & second=$$!; \
+	failed=0; for one in first second e2e; do wait $${!one} || failed=1; cat "$$own/$$one.log"; done; \
+	rm -rf "$$own"; exit $$failed
 
 nightly: tools ## the long sweeps
 	$(python) -m pytest -m nightly --timeout=3600 tests
