@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _ATTENTION = ["to_k", "to_out.0", "to_q", "to_v"]
 _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
 
 
-class TextToImage:
+class TextToImage(ABC):
     """The encoders of a text-to-image model, in fp32 and on the CPU until they are used; see `models.base.Family`.
 
     A family says what becomes of captions (`tokenize`, `encode_tokens`) and how its denoiser is called (`predict`).
@@ -42,11 +43,13 @@ class TextToImage:
     def latent_channels(self) -> int:  # noqa: D102 - as in `Family`; likewise below
         return self._autoencoder.channels
 
-    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: D102
-        raise NotImplementedError
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return token ids by tokenizer, as in `Family`."""
 
-    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        raise NotImplementedError
+    @abstractmethod
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the conditioning of token ids, as in `Family`."""
 
     def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: D102
         for encoder in self.text_encoders.values():
