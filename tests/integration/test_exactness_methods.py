@@ -1,7 +1,7 @@
 """Whatever is trained: killed and resumed, a run ends with the weights it would have had anyway, bit for bit.
 
-`test_exactness` does this for adapters at every step and in every way to be stopped; here every method is killed once,
-and after each step in the nightly tests.
+`test_exactness` does this for adapters at every step and in every way to be stopped; here methods are killed once,
+and every method after each step in the nightly tests.
 """
 
 import json
@@ -13,12 +13,18 @@ from diffusion_api import names
 from diffusion_trainer.checkpoint import Ledger
 from diffusion_trainer.objectstore import open_store
 from testkit.attempts import UID, TrainerJob
-from testkit.tiny import make_image_folder, make_tiny_sd1
+from testkit.tiny import make_image_folder
+from testkit.tiny_families import make_tiny
 from testkit.warm import WarmTrainers
 
 STEPS = 5
 KILLED = -9
 TEXT = {"train": True, "learningRate": 1e-3}
+BOOTH = {
+    "method": "DreamBooth",
+    "dreamBooth": {"instancePrompt": "a sks", "classPrompt": "a thing", "classImages": 3},
+    "dataset": {"captions": {}},
+}
 METHODS = {
     "adapters that drop, with magnitudes and text": {
         "lora": {"rank": 4, "alpha": 4, "dropout": 0.3, "useDora": True},
@@ -45,15 +51,54 @@ METHODS = {
         "dataset": {"captions": {"prefix": "<it> "}},
         "output": {"formats": ["Diffusers", "Kohya"]},
     },
+    "adapters on SDXL, with both text encoders": {
+        "family": "SDXL",
+        "model": {"textEncoder": TEXT},
+        "output": {"formats": ["Diffusers", "Kohya"]},
+    },
+    "DreamBooth, everything, with class images": {
+        **BOOTH,
+        "dreamBooth": BOOTH["dreamBooth"] | {"adapter": "None"},
+        "lora": None,
+        "output": {"formats": ["Diffusers"]},
+    },
+    "DreamBooth, adapters, with class images and text": {
+        **BOOTH,
+        "model": {"textEncoder": TEXT},
+        "output": {"formats": ["Kohya"]},
+    },
+    "without words": {
+        "family": "UNet2D",
+        "method": "Unconditional",
+        "lora": None,
+        "validation": {"prompts": []},
+        "output": {"formats": ["Diffusers"]},
+    },
+    "everything of SD3, by flow": {
+        "family": "SD3",
+        "method": "FineTune",
+        "lora": None,
+        "output": {"formats": ["Diffusers"]},
+    },
 }
+ALWAYS = list(METHODS)[:5]
+"""These are killed once in every run of the tests, the others in the nightly ones only."""
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    make_tiny_sd1(root / "model")
-    make_image_folder(root / "data", 9, sizes=((64, 64), (96, 64)))
-    return root
+    """Return what makes, once, a folder with a tiny model of a family and a few images of two shapes."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            make_tiny(family, root / "model")
+            make_image_folder(root / "data", 9, sizes=((64, 64), (96, 64)))
+            made[family] = root
+        return made[family]
+
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +115,17 @@ class Bench:
         self._references = {}
 
     def job(self, name, folder):
-        job = TrainerJob(folder, self.inputs, self.trainers)
+        sections = dict(METHODS[name])
+        job = TrainerJob(folder, self.inputs(sections.pop("family", "SD1")), self.trainers)
         spec = job.spec()
         job.overrides = {
             section: {**spec[section], **value} if isinstance(value, dict) and section in spec else value
-            for section, value in METHODS[name].items()
+            for section, value in sections.items()
         }
         job.overrides["training"] = {"maxSteps": STEPS}
-        job.overrides["validation"] = {"everySteps": 3, "prompts": [{"prompt": "<it>", "steps": 2}]}
+        job.overrides["validation"] = {"everySteps": 3, "prompts": [{"prompt": "<it>", "steps": 2}]} | sections.get(
+            "validation", {}
+        )
         return job
 
     def reference(self, name):
@@ -116,7 +164,7 @@ def assert_same(job, reference):
     assert [name for name, content in wanted_files.items() if files[name] != content] == []
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALWAYS)
 def test_killed_and_resumed(bench, tmp_path, name):
     killed_and_resumed(bench, tmp_path, name, step=4)
 

@@ -58,6 +58,26 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit() -> None:
     assert_same(round_trip(Snapshot(3, {"all": tensors}, {})), Snapshot(3, {"all": tensors}, {}))
 
 
+def file_mapped_at(address: int) -> str:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        start, end = (int(number, 16) for number in fields[0].split("-"))
+        if start <= address < end:
+            return fields[5].strip() if len(fields) == 6 and fields[5].startswith("/") else ""
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def test_what_is_read_lies_on_disk_and_can_be_written_to() -> None:
+    """A snapshot of many gigabytes is not copied into memory: its tensors are parts of a mapping of its file."""
+    wanted = {"a": torch.arange(6.0), "b": torch.ones(3, 4)}
+    found = round_trip(Snapshot(1, {"model": wanted}, {})).tensors["model"]
+    assert all(file_mapped_at(tensor.data_ptr()).endswith("model.safetensors (deleted)") for tensor in found.values())
+    assert file_mapped_at(wanted["a"].data_ptr()) == ""  # negative control
+    found["a"].add_(1)
+    assert torch.equal(found["a"], wanted["a"] + 1)
+    assert torch.equal(found["b"], wanted["b"])
+
+
 def test_groups_names_and_scalars_come_back() -> None:
     scalars = {
         "step": 2**60,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_entry(store: ObjectStore, entry: Entry, *, scratch: Path | None) -> Snapshot:
-    """Return the snapshot of an entry of the history.
+    """Return the snapshot of an entry of the history; its tensors take disk, not memory, until they are written to.
 
     `scratch` is a folder with room for the files (None: the system's temporary folder).
 
@@ -74,6 +74,7 @@ def _damaged(store: ObjectStore, entry: Entry, what: str) -> CheckpointCorrupt:
 def _tensors(path: Path) -> Mapping[str, torch.Tensor]:
     from safetensors import safe_open
 
+    # Views of the file's mapping, which outlives its name: no copy in memory, where a whole snapshot may not fit beside
+    # what it is read into. The mapping is private: writing to a tensor changes nothing but that tensor.
     with safe_open(path, framework="pt", device="cpu") as file:
-        # clone(): what safetensors returns is a view of the file's mapping, and the file is about to go.
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
