@@ -222,6 +222,21 @@ class World(RuleBasedStateMachine):
     def a_pod_ends(self, data: st.DataObject, how: str) -> None:
         self.end(data.draw(st.sampled_from(self.alive("Running"))), how)
 
+    @rule(data=st.data(), node=st.sampled_from(NODES), how=st.sampled_from(ENDINGS), seen=st.booleans())
+    def an_attempt_happens(self, data: st.DataObject, node: str, how: str, seen: bool) -> None:
+        """From its pods to an end in one rule: left to the others alone, chance seldom gets to one, and in few ways."""
+        if not self.pods("Pending"):
+            self.time_passes(400)
+            self.operator_looks()
+        if not self.pods("Pending") or self.where[node]["spec"].get("taints"):
+            return
+        name = data.draw(st.sampled_from(self.pods("Pending")))
+        self.run(name, node)
+        if seen:
+            self.everything_is_read_again()
+        if name in self.alive("Running"):
+            self.end(name, how)
+
     def end(self, name: str, how: str) -> None:
         attempt = attempt_of(name)
         self.ways.setdefault(attempt, set()).add(how)
