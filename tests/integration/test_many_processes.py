@@ -158,6 +158,11 @@ def test_what_happened_to_one_is_what_happened(job, seam, code, text):
     assert job.attempt(seams=[FORK, ("in_rank", (1, *seam))]) == code, job.log.read_text()
     assert job.last_word()["exitCode"] == code
     assert text in job.last_word()["message"]
+    folder = names.attempt_logs(UID, 1)
+    assert job.last_word()["log"] == f"file://{job.output}/{folder}"
+    kept = (job.output / folder / "rank-1.log").read_text()
+    assert "rank 1: " in kept
+    assert text in kept
 
 
 def test_short_memory_of_one_costs_all_of_them_nothing(job, undisturbed):

@@ -235,6 +235,16 @@ def test_of_the_root_cause_the_words_and_the_code_are_kept_and_of_rank_0_the_che
     assert status.counters.out_of_memory_retunes == 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_status_says_where_the_logs_are_whichever_pod_could_put_them_there(rank: int) -> None:
+    job = running(started())
+    where = "s3://team-a/models/cats/logs/attempt-0001/"
+    pods = (seen(job, n, **failed(80, message="no memory", **({"log": where} if n == rank else {}))) for n in (0, 1))
+    status = ask(job, *pods).status
+    assert status is not None
+    assert status.attempts[1].log == where
+
+
 def test_one_ended_pod_ends_the_attempt_and_the_next_one_starts_as_a_whole() -> None:
     job = running(started())
     decision = ask(job, seen(job, 0), seen(job, 1, **killed(137)))
