@@ -57,6 +57,7 @@ _NOISY = ("Epsilon", "VPrediction", "Sample")
 _FLOW = "family SD3 is a flow and stays one: use Auto"
 _NO_FLOW = "only family SD3 is a flow: use Auto"
 _NO_SHIFT = "only family SD3, which is a flow, has a shift: leave it out"
+_TEXTLESS = "family UNet2D has no text encoder: leave it out"
 _PIXELS = "family UNet2D works on pixels and has no VAE: leave it out"
 
 
@@ -79,6 +80,8 @@ def misfits(
         return
     if model.text_encoder.train and family in _NO_TEXT:
         yield "model.textEncoder.train", True, _NO_TEXT[family]
+    if model.text_encoder.source is not None and family == "UNet2D":
+        yield "model.textEncoder.source", model.text_encoder.source, _TEXTLESS
     if model.vae is not None and family == "UNet2D":
         yield "model.vae", model.vae, _PIXELS
     if parts == "CrossAttention" and family == "SD3":
@@ -126,6 +129,11 @@ def fit_rules() -> list[Cel]:
             f"{known}self.model.family != 'SD3' || !has(self.fineTune) || !has(self.fineTune.parts) || "
             "self.fineTune.parts != 'CrossAttention'",
             f"fineTune.parts: {_JOINT}",
+        ),
+        Cel(
+            f"{known}self.model.family != 'UNet2D' || !has(self.model.textEncoder) || "
+            "!has(self.model.textEncoder.source)",
+            f"model.textEncoder.source: {_TEXTLESS}",
         ),
         Cel(f"{known}self.model.family != 'UNet2D' || !has(self.model.vae)", f"model.vae: {_PIXELS}"),
         *_objective_rules(known),

@@ -12,8 +12,11 @@ Family = Literal["SD1", "SD2", "SDXL", "SD3", "UNet2D"]
 
 
 class TextEncoder(ApiModel):
-    """Whether the text encoders learn too."""
+    """Where the text encoders come from, and whether they learn too."""
 
+    source: Uri | None = None
+    """Text encoders and tokenizers that the model lacks, or others than its own: a folder in diffusers layout, of which
+    the folders text_encoder* and tokenizer* are used. Single files of SD3 need it, at least for T5's tokenizer."""
     train: bool = False
     """Train the text encoders with the denoiser. Needs more memory and rarely helps."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-6
@@ -24,7 +27,7 @@ class Model(ApiModel):
     """The base model, in diffusers layout or as one safetensors file."""
 
     source: Uri
-    """Folder in diffusers layout (with model_index.json), or a single .safetensors file of SD1, SD2 or SDXL."""
+    """Folder in diffusers layout (with model_index.json), or a single .safetensors file of SD1, SD2, SDXL or SD3."""
     revision: Annotated[str, Field(max_length=128)] | None = None
     """Commit of an hf:// source. Pin it: a branch may move between two attempts."""
     family: Literal["Auto", "SD1", "SD2", "SDXL", "SD3", "UNet2D"] = "Auto"
@@ -33,4 +36,4 @@ class Model(ApiModel):
     """Another VAE than the model's own: its folder in diffusers layout, or that of a model that has it. It is exported
     with a model that is trained as a whole."""
     text_encoder: TextEncoder = Field(default_factory=TextEncoder)
-    """Training of the text encoders."""
+    """Source and training of the text encoders."""

@@ -63,6 +63,8 @@ def _locations(spec: JobSpec) -> Iterator[tuple[str, str]]:
     yield "model.source", spec.model.source
     if spec.model.vae is not None:
         yield "model.vae", spec.model.vae
+    if spec.model.text_encoder.source is not None:
+        yield "model.textEncoder.source", spec.model.text_encoder.source
     if spec.dataset.source is not None:
         yield "dataset.source", spec.dataset.source
     for number, concept in enumerate(spec.dataset.concepts or ()):

@@ -48,7 +48,7 @@ _MMDIT: dict[str, Any] = {
     "pos_embed_max_size": 16,
 }
 _MMDIT_35 = {**_MMDIT, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
-_VAE_16 = {
+VAE_16 = {
     **VAE,
     "latent_channels": 16,
     "scaling_factor": 1.5305,
@@ -122,7 +122,7 @@ def _sd3(folder: Path, transformer: Mapping[str, Any] | None = None) -> None:
     from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     t5 = T5Config(
-        vocab_size=len(_T5_VOCABULARY), d_model=_T5_WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        vocab_size=len(T5_VOCABULARY), d_model=_T5_WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, is_encoder_decoder=False,
     )  # fmt: skip
     first = text_config(_WIDTHS[0], projection_dim=_WIDTHS[0])
@@ -130,7 +130,7 @@ def _sd3(folder: Path, transformer: Mapping[str, Any] | None = None) -> None:
     _save(
         folder,
         transformer=SD3Transformer2DModel(**transformer or _MMDIT),
-        vae=AutoencoderKL(**_VAE_16),
+        vae=AutoencoderKL(**VAE_16),
         text_encoder=CLIPTextModelWithProjection(first),
         text_encoder_2=CLIPTextModelWithProjection(second),
         text_encoder_3=T5EncoderModel(t5),
@@ -138,7 +138,7 @@ def _sd3(folder: Path, transformer: Mapping[str, Any] | None = None) -> None:
     FlowMatchEulerDiscreteScheduler(**_FLOW).save_pretrained(folder / "scheduler")
     write_tokenizer(folder / "tokenizer")
     write_tokenizer(folder / "tokenizer_2", pad="!")
-    _write_t5_tokenizer(folder / "tokenizer_3")
+    write_t5_tokenizer(folder / "tokenizer_3")
     _write_index(folder, "StableDiffusion3Pipeline", tokenizers=3, scheduler="FlowMatchEulerDiscreteScheduler")
 
 
@@ -194,7 +194,7 @@ def _write_index(folder: Path, pipeline: str, *, tokenizers: int, scheduler: str
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-_T5_VOCABULARY = [
+T5_VOCABULARY = [
     ("<pad>", 0.0),
     ("</s>", 0.0),
     ("<unk>", 0.0),
@@ -203,7 +203,8 @@ _T5_VOCABULARY = [
 ]
 
 
-def _write_t5_tokenizer(folder: Path) -> None:
+def write_t5_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of letters, as T5's."""
     from transformers import T5Tokenizer
 
-    T5Tokenizer(vocab=_T5_VOCABULARY, extra_ids=0, model_max_length=512).save_pretrained(folder)
+    T5Tokenizer(vocab=T5_VOCABULARY, extra_ids=0, model_max_length=512).save_pretrained(folder)

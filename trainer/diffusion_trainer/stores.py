@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from diffusion_api import names
+from diffusion_api.model import Model
 from diffusion_api.run import RunConfig
 from diffusion_trainer.models.single_file import SingleFile
-from diffusion_trainer.models.sources import Source, WithOtherVae
+from diffusion_trainer.models.sources import Source, TextFolders, WithOtherText, WithOtherVae
 from diffusion_trainer.objectstore import Credentials, ObjectStore, join_uri, open_store, split_uri
 from diffusion_trainer.objectstore.settings import TransferSettings
 
@@ -42,15 +43,27 @@ def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings
         settings=settings,
     )
     open_state = partial(opened, join_uri(spec.output.destination, names.checkpoint_prefix(run.job.uid)))
-    if spec.model.source.endswith(".safetensors"):
-        root, key = split_uri(spec.model.source)
-        model: Source = SingleFile(opened(root), key)
-    else:
-        model = opened(spec.model.source)
     return Stores(
-        model=WithOtherVae(model, opened(spec.model.vae)) if spec.model.vae else model,
+        model=_model(spec.model, opened),
         datasets=tuple(opened(source) for source in spec.dataset.sources),
         output=opened(spec.output.destination),
         state=open_state(),
         open_state=open_state,
     )
+
+
+def _model(model: Model, opened: Callable[[str], ObjectStore]) -> Source:
+    text = TextFolders(opened(model.text_encoder.source)) if model.text_encoder.source else None
+
+    def elsewhere() -> frozenset[str]:
+        return (text.components if text else frozenset()) | ({"vae"} if model.vae else set())
+
+    found: Source
+    if model.source.endswith(".safetensors"):
+        root, key = split_uri(model.source)
+        found = SingleFile(opened(root), key, elsewhere=elsewhere)
+    else:
+        found = opened(model.source)
+    if text:
+        found = WithOtherText(found, text)
+    return WithOtherVae(found, opened(model.vae)) if model.vae else found

@@ -107,6 +107,14 @@ def test_an_unconditional_model_has_no_vae():
     assert spec("LoRA", model=model | {"family": "SDXL"})
 
 
+def test_an_unconditional_model_has_no_text_encoder():
+    model = {"source": "s3://m/x/", "textEncoder": {"source": "s3://m/t/"}}
+    with pytest.raises(ValueError, match=r"model.textEncoder.source: family UNet2D has no text encoder: leave it out"):
+        spec("Unconditional", model=model | {"family": "UNet2D"})
+    assert [path for path, _, _ in spec("Unconditional", model=model).misfits("UNet2D")] == ["model.textEncoder.source"]
+    assert spec("LoRA", model=model | {"family": "SD3"})
+
+
 def test_an_adapters_section_without_an_adapter():
     with pytest.raises(ValueError, match=r"lora: dreamBooth.adapter is None"):
         spec("DreamBooth", dreamBooth={"instancePrompt": "a", "adapter": "None", "classPrompt": "b"}, lora={"rank": 4})

@@ -41,6 +41,11 @@ def test_epochs_count_batches():
         ("dreamBooth", {"instancePrompt": "a"}, "dreamBooth does not belong to method LoRA"),
         ("model.source", "ftp://x/yyyy", "spec.model.source: ftp://x/yyyy: not supported yet: use s3://"),
         ("model.vae", "gs://x/vae/", "spec.model.vae: gs://x/vae/: not supported yet: use s3://"),
+        (
+            "model.textEncoder",
+            {"source": "gs://x/text/"},
+            "spec.model.textEncoder.source: gs://x/text/: not supported yet: use s3://",
+        ),
         ("dataset.source", "file:///tmp/x", "spec.dataset.source: file:///tmp/x: not supported yet: use s3://"),
         (
             "dataset",

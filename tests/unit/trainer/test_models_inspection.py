@@ -9,7 +9,7 @@ from diffusion_api.job import TrainerSpec
 from diffusion_trainer.errors import BadData, InputMissing
 from diffusion_trainer.models import fetch_model, open_model
 from diffusion_trainer.models.inspection import TRAINABLE, check_files, family_of
-from diffusion_trainer.models.sources import WithOtherVae
+from diffusion_trainer.models.sources import TextFolders, WithOtherText, WithOtherVae
 from diffusion_trainer.models.survey import look_at
 from diffusion_trainer.objectstore import open_store
 
@@ -277,6 +277,39 @@ def test_a_vae_is_looked_at_like_the_rest(folder, tmp_path):
     source = WithOtherVae(open_store(folder.as_uri()), open_store((tmp_path / "other").as_uri()))
     model = spec(folder, vae=(tmp_path / "other").as_uri()).model
     with pytest.raises(BadData, match="names the class 'Evil' for vae"):
+        look_at(model, source, work=tmp_path / "work")
+
+
+def test_text_encoders_of_another_place_count_as_far_as_it_has_them(folder, tmp_path):
+    write(tmp_path / "other/tokenizer/merges.txt", {})
+    write(tmp_path / "other/tokenizer/tokenizer_config.json", {"model_max_length": 9})
+    write(tmp_path / "other/text_encoder_3/config.json", {"other": 1})
+    write(tmp_path / "other/vae/config.json", {"other": 1})
+    write(tmp_path / "other/text_encoder.json", {})
+    write(folder / "tokenizer/vocab.json", {})
+    text = TextFolders(open_store((tmp_path / "other").as_uri()))
+    source = WithOtherText(open_store(folder.as_uri()), text)
+    assert text.components == {"tokenizer", "text_encoder_3"}
+    copy = fetch_model(source, tmp_path / "work", report=lambda _: None)
+    assert sorted(path.name for path in (copy / "tokenizer").iterdir()) == ["merges.txt", "tokenizer_config.json"]
+    assert json.loads((copy / "text_encoder_3/config.json").read_text()) == {"other": 1}
+    for own in ("text_encoder/config.json", "vae/config.json"):
+        assert json.loads((copy / own).read_text()) == FILES[own]
+
+
+def test_text_encoders_that_are_not_there_are_missing_input(folder, tmp_path):
+    write(tmp_path / "other/config.json", {"architectures": ["CLIPTextModel"]})
+    source = WithOtherText(open_store(folder.as_uri()), TextFolders(open_store((tmp_path / "other").as_uri())))
+    with pytest.raises(InputMissing, match=r"textEncoder\.source file://.*/other/ has no folder text_encoder\* or tok"):
+        fetch_model(source, tmp_path / "work", report=lambda _: None)
+
+
+def test_text_encoders_of_another_place_are_looked_at_like_the_rest(folder, tmp_path):
+    write(tmp_path / "other/text_encoder/config.json", {"architectures": ["Evil"]})
+    write(tmp_path / "other/text_encoder/model.safetensors", None)
+    source = WithOtherText(open_store(folder.as_uri()), TextFolders(open_store((tmp_path / "other").as_uri())))
+    model = spec(folder, textEncoder={"source": (tmp_path / "other").as_uri()}).model
+    with pytest.raises(BadData, match="names the class 'Evil' for text_encoder"):
         look_at(model, source, work=tmp_path / "work")
 
 

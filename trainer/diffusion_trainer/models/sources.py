@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from diffusion_trainer.errors import InputMissing
 from diffusion_trainer.objectstore.base import ObjectInfo
 
 _VAE, _CONFIG = "vae/", "config.json"
+_TEXT = ("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +72,57 @@ class WithOtherVae:
         if key.startswith(_VAE):
             return self._vae.get_to_file(self._inside + key.removeprefix(_VAE), path)
         return self._model.get_to_file(key, path)
+
+
+class WithOtherText:
+    """A model whose folders `text_encoder*/` and `tokenizer*/` are another place's, as far as that has them."""
+
+    def __init__(self, model: Source, text: TextFolders) -> None:
+        self._model = model
+        self._text = text
+
+    @property
+    def uri(self) -> str:
+        """Return the URI of the model's folder."""
+        return self._model.uri
+
+    def list(self) -> Iterator[ObjectInfo]:
+        """Yield the model's files but those that the other place has, too, and that one's in their place."""
+        yield from (info for info in self._model.list() if _component(info.key) not in self._text.components)
+        yield from self._text.files
+
+    def get_to_file(self, key: str, path: Path) -> ObjectInfo:
+        """Download a file that `list` named."""
+        if _component(key) in self._text.components:
+            return self._text.source.get_to_file(key, path)
+        return self._model.get_to_file(key, path)
+
+
+class TextFolders:
+    """What there is at `model.textEncoder.source`."""
+
+    def __init__(self, source: Source) -> None:
+        """Take the place; nothing is contacted yet."""
+        self.source = source
+
+    @cached_property
+    def files(self) -> tuple[ObjectInfo, ...]:
+        """The files of text encoders and tokenizers. Raises `InputMissing` when there is none."""
+        found = tuple(info for info in self.source.list() if _component(info.key).startswith(_TEXT))
+        if not found:
+            raise InputMissing(
+                f"model.textEncoder.source {self.source.uri} has no folder text_encoder* or tokenizer*; give the "
+                "folder of a model in diffusers layout"
+            )
+        return found
+
+    @cached_property
+    def components(self) -> frozenset[str]:
+        """The text encoders and tokenizers that are there, by their folders."""
+        return frozenset(_component(info.key) for info in self.files)
+
+
+def _component(key: str) -> str:
+    """Return the folder of a component that a file is in, "" for one beside them."""
+    folder, slash, _ = key.partition("/")
+    return folder if slash else ""

@@ -41,3 +41,12 @@ def _shape(entry: Mapping[str, object]) -> tuple[int, ...]:
 def elements(shapes: Shapes, prefix: str) -> int:
     """Return how many numbers the tensors below a prefix hold."""
     return sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
+
+
+def count(shapes: Shapes, prefix: str) -> int:
+    """Return how many numbered parts there are below a prefix. Raises ValueError when one in between is missing."""
+    parts = {name.removeprefix(prefix).split(".", 1)[0] for name in shapes if name.startswith(prefix)}
+    found = {int(part) for part in parts if part.isdecimal()}
+    if found != set(range(len(found))):
+        raise ValueError(f"of its {prefix}* some are missing")
+    return len(found)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from diffusion_trainer.errors import InputMissing, NotFound
 from diffusion_trainer.models.origins import note_origin
-from diffusion_trainer.models.single_file.configurations import TEXTS, UNET, VAE, configurations, family_of
+from diffusion_trainer.models.single_file.configurations import configurations, family_of, weights
 from diffusion_trainer.models.single_file.header import Shapes, elements, read_shapes
+from diffusion_trainer.models.single_file.published import TEXTS
 from diffusion_trainer.models.single_file.vocabulary import tokenizer_files
 from diffusion_trainer.models.sources import Converted
 from diffusion_trainer.objectstore import ObjectStore
@@ -30,10 +31,16 @@ class SingleFile:
     for, and stays beside the model's folder.
     """
 
-    def __init__(self, store: ObjectStore, key: str) -> None:
-        """Take the store of the file's folder, and the file's key; nothing is contacted yet."""
+    def __init__(
+        self, store: ObjectStore, key: str, *, elsewhere: Callable[[], Collection[str]] = frozenset[str]
+    ) -> None:
+        """Take the store of the file's folder, and the file's key; nothing is contacted yet.
+
+        `elsewhere` returns the components (folders) that another place supplies, which the file may lack.
+        """
         self._store = store
         self._key = key
+        self._elsewhere = elsewhere
         self._lock = threading.Lock()
         self._digest = ""
 
@@ -43,7 +50,11 @@ class SingleFile:
         return self._store.uri + self._key
 
     def list(self) -> Iterator[ObjectInfo]:
-        """Yield the files of the folder. Raises `InputMissing`, and `BadData` when the file is no known model."""
+        """Yield the files of the folder.
+
+        Raises `InputMissing` when the file is not there or lacks text encoders, `BadData` when it is no known model.
+        """
+        self._check_whole()
         for key, content in self._made.items():
             yield ObjectInfo(key, len(content), self._info.etag, self._info.modified)
         for key, prefix in self._weights.items():
@@ -69,7 +80,8 @@ class SingleFile:
             self._store.get_to_file(self._key, original)
         note_origin(folder, key, sha256=self._sha(original))
         component = key.partition("/")[0]
-        write_component(original, self._weights[key], config=self._configs[f"{component}/config.json"], path=path)
+        config = self._configs[f"{component}/config.json"]
+        write_component(original, self._weights[key], config=config, path=path, where=self.uri)
 
     def _sha(self, original: Path) -> str:
         if not self._digest:
@@ -91,25 +103,36 @@ class SingleFile:
 
         return read_shapes(read, size=self._info.size, where=self.uri)
 
+    def _check_whole(self) -> None:
+        family = family_of(self._shapes, where=self.uri)
+        needed = [name for text in TEXTS[family] for name in (text, text.replace("text_encoder", "tokenizer"))]
+        there = {key.partition("/")[0] for key in self._configs} | self._supplied
+        lacking = sorted(name for name in needed if name not in there)
+        if lacking:
+            raise InputMissing(
+                f"model.source {self.uri} is a single file of {family} that has no {', '.join(lacking)}; set "
+                "model.textEncoder.source to a folder with them, such as that of another model of this family in "
+                "diffusers layout"
+            )
+
+    @cached_property
+    def _supplied(self) -> frozenset[str]:
+        return frozenset(self._elsewhere())
+
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
-        return configurations(self._shapes, where=self.uri)
+        return configurations(self._shapes, where=self.uri, supplied=self._supplied)
 
     @cached_property
     def _weights(self) -> dict[str, str]:
         """The files of weights, and where in the single file they come from."""
-        texts = TEXTS[family_of(self._shapes, where=self.uri)]
-        return {f"unet/{_NETWORK}": UNET, f"vae/{_NETWORK}": VAE} | {
-            f"{name}/{_TEXT}": prefix for name, prefix in texts.items()
-        }
+        places = weights(self._shapes, family_of(self._shapes, where=self.uri), self._supplied)
+        return {f"{name}/{_TEXT if name.startswith('text') else _NETWORK}": place for name, place in places.items()}
 
     @cached_property
     def _made(self) -> dict[str, bytes]:
         """What is not converted but made, by key."""
         made = {key: json.dumps(config, indent=2).encode() for key, config in self._configs.items()}
-        words = tokenizer_files()
-        for key in self._configs:
-            folder, _, name = key.partition("/")
-            if name == "tokenizer_config.json":
-                made |= {f"{folder}/{file}": content for file, content in words.items()}
-        return made
+        tokenizers = [key.partition("/")[0] for key in self._configs if key.endswith("/tokenizer_config.json")]
+        words = tokenizer_files() if tokenizers else {}
+        return made | {f"{folder}/{file}": content for folder in tokenizers for file, content in words.items()}

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from diffusion_trainer.errors import BadConfig
-from diffusion_trainer.models.single_file.configurations import WORDS
+from diffusion_trainer.models.single_file.published import WORDS
 
 _PACKAGE, _LIST = "open_clip_torch", "open_clip/bpe_simple_vocab_16e6.txt.gz"
 _BYTES = 256
