@@ -38,6 +38,8 @@ def cases():
     ):
         yield {"method": "LoRA", "model": {"family": family}, "training": {"objective": fields}}
     yield {"method": "Unconditional", "model": {"family": "UNet2D", "vae": "s3://models/vae/"}}
+    for method, family in (("Unconditional", "UNet2D"), ("LoRA", "SD3")):
+        yield {"method": method, "model": {"family": family, "textEncoder": {"source": "s3://models/sd3/"}}}
     yield {"method": "DreamBooth", "lora": {"rank": 4}, **WHOLE}
 
 
