@@ -31,8 +31,8 @@ fix: ## mend what the formatter and the linter can
 
 # Three parts side by side: the tests with the cluster wait more than they work. Outputs are shown whole, one by one.
 e2e := tests/e2e
-first := tests/unit tests/contract $(wildcard tests/integration/test_[a-m]*.py)
-second := $(wildcard tests/integration/test_[n-z]*.py)
+first := tests/unit tests/contract $(wildcard tests/integration/test_[a-l]*.py tests/integration/test_m[ae]t*.py)
+second := $(filter-out $(first),$(wildcard tests/integration/test_*.py))
 test: tools ## every tier but gpu and nightly
 	@own=$$(mktemp -d); \
 	part() { $(python) -m pytest -m "not gpu and not nightly" -p no:cacheprovider --durations=15 \
