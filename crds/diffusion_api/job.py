@@ -206,10 +206,11 @@ class TrainerSpec(ApiModel):
     def identity(self) -> str:
         """Return the sha256 of what decides the weights: a checkpoint of another identity is never resumed from.
 
-        The micro-batch size is left out: it changes with the hardware and only the order of summation with it.
+        The micro-batch size is left out: it changes with the hardware and only the order of summation with it. So is
+        what is unset: a later version's new fields do not keep its trainer from resuming this one's jobs.
         """
         included = {"method", "lora", "dream_booth", "fine_tune", "textual_inversion", "model", "dataset", "training"}
-        content = self.model_dump(mode="json", by_alias=True, include=included)
+        content = self.model_dump(mode="json", by_alias=True, include=included, exclude_none=True)
         content["training"].pop("microBatchSize")
         if self.validation.early_stopping:  # then evaluations decide which weights are exported
             content["validation"] = self.validation.model_dump(mode="json", include={"every_steps", "early_stopping"})
