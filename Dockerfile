@@ -21,7 +21,7 @@ COPY trainer trainer
 RUN uv pip install --python /opt/venv/bin/python --no-deps .
 
 FROM build AS trainer-build
-RUN --mount=type=cache,target=/var/cache/uv uv pip install --python /opt/venv/bin/python -r pyproject.toml --extra trainer --extra optimizers --extra cuda
+RUN --mount=type=cache,target=/var/cache/uv uv pip install --python /opt/venv/bin/python -r pyproject.toml --extra trainer --extra optimizers --extra metrics --extra cuda
 # CLIP's vocabulary for checkpoints in one file; the list alone is read, so the package's own requirements stay out.
 RUN --mount=type=cache,target=/var/cache/uv uv pip install --python /opt/venv/bin/python --no-deps "open-clip-torch>=3.2"
 COPY crds crds

@@ -30,6 +30,16 @@ _NOTHING_HELD_OUT = (
     "validation.earlyStopping goes by held-out images, but dataset.validation.fraction is 0: use 0.05, or leave "
     "earlyStopping out"
 )
+_ONE_IMAGE = "validation.scores.images is 1, and KID compares sets of at least 2: use 64, or 0 for no KID"
+_NOTHING_TO_COMPARE = (
+    "validation.scores.images compares with held-out images, but dataset.validation.fraction is 0: use 0.05, or no "
+    "scores.images"
+)
+_NOTHING_TO_SCORE = "validation.scores: there are no pictures to score: add validation.prompts, or set images"
+_NO_WORDS = (
+    "validation.scores: method Unconditional draws without words, so that there is no CLIP score: set images, or leave "
+    "scores out"
+)
 
 
 def _spec_rules() -> list[Cel]:
@@ -75,6 +85,7 @@ def _spec_rules() -> list[Cel]:
             _NOTHING_HELD_OUT,
             field=".dataset.validation.fraction",
         ),
+        *_score_rules(),
         *combinations.fit_rules(),
         *combinations.format_rules(),
     ]
@@ -85,6 +96,24 @@ def _spec_rules() -> list[Cel]:
         same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
         rules.append(Cel(same, f"{name} {_HOW_TO_CHANGE}", field=f".{name}"))
     return rules
+
+
+def _score_rules() -> list[Cel]:
+    off, images = "!has(self.validation.scores) || ", "self.validation.scores.images"
+    return [
+        Cel(f"{off}{images} != 1", _ONE_IMAGE, field=".validation.scores.images"),
+        Cel(
+            f"{off}{images} == 0 || self.dataset.validation.fraction > 0.0",
+            _NOTHING_TO_COMPARE,
+            field=".dataset.validation.fraction",
+        ),
+        Cel(
+            f"{off}{images} > 0 || self.method == 'Unconditional' || size(self.validation.prompts) > 0",
+            _NOTHING_TO_SCORE,
+            field=".validation.scores",
+        ),
+        Cel(f"{off}{images} > 0 || self.method != 'Unconditional'", _NO_WORDS, field=".validation.scores"),
+    ]
 
 
 class TrainerSpec(ApiModel):
@@ -107,7 +136,7 @@ class TrainerSpec(ApiModel):
     training: Training = Field(default_factory=Training)
     """How it is trained."""
     validation: Validation = Field(default_factory=Validation)
-    """Validation loss, early stopping and sample pictures."""
+    """Validation loss, early stopping, sample pictures and their scores."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     """Resumable state."""
     tracking: Tracking = Field(default_factory=Tracking)
@@ -151,6 +180,21 @@ class TrainerSpec(ApiModel):
                 raise ValueError(_ODD_BATCH)
         if self.validation.early_stopping and not self.dataset.validation.fraction:
             raise ValueError(_NOTHING_HELD_OUT)
+        return self
+
+    @model_validator(mode="after")
+    def _scores_have_something_to_score(self) -> TrainerSpec:
+        scores = self.validation.scores
+        if scores is None:
+            return self
+        if scores.images == 1:
+            raise ValueError(_ONE_IMAGE)
+        if scores.images and not self.dataset.validation.fraction:
+            raise ValueError(_NOTHING_TO_COMPARE)
+        if not scores.images and self.method == "Unconditional":
+            raise ValueError(_NO_WORDS)
+        if not scores.images and not self.validation.prompts:
+            raise ValueError(_NOTHING_TO_SCORE)
         return self
 
     def member(self, method: str) -> ApiModel | None:

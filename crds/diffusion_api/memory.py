@@ -78,7 +78,7 @@ def estimate(
         moments["Training"] |= text
     if network.vae:
         moments["Preparation"] = _preparation(spec, network)
-        if spec.validation.prompts:
+        if spec.validation.draws:
             moments["Sampling"] = resident | _sampling(spec, network)
     reserved = {peak: _with_reserve(parts) for peak, parts in moments.items()}
     peak = max(reserved, key=lambda moment: sum(reserved[moment].values()))

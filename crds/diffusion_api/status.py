@@ -82,6 +82,10 @@ class Progress(ApiModel):
     """Training loss, averaged over the last report interval."""
     validation_loss: float | None = None
     """Loss on the held-out split at the last evaluation."""
+    clip_score: float | None = None
+    """CLIP score at the last evaluation, 0 to 100."""
+    kid: float | None = None
+    """Kernel distance of drawn and held-out pictures at the last evaluation, near 0 where they look alike."""
     learning_rate: float | None = None
     """Learning rate of the last step."""
     last_updated_time: Timestamp

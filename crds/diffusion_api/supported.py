@@ -69,6 +69,8 @@ def _locations(spec: JobSpec) -> Iterator[tuple[str, str]]:
         yield "dataset.source", spec.dataset.source
     for number, concept in enumerate(spec.dataset.concepts or ()):
         yield f"dataset.concepts[{number}].source", concept.source
+    if spec.validation.scores is not None:
+        yield "validation.scores.model", spec.validation.scores.model
     yield "output.destination", spec.output.destination
 
 

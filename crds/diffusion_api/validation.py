@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from diffusion_api.meta import ApiModel
+from diffusion_api.meta import ApiModel, Uri
 
 
 class SamplePrompt(ApiModel):
@@ -33,8 +33,19 @@ class EarlyStopping(ApiModel):
     """Least relative improvement that counts."""
 
 
+class Scores(ApiModel):
+    """What a CLIP model says of pictures that are drawn with the weights of the moment: CLIP score and KID."""
+
+    model: Uri
+    """Folder of a CLIP model as transformers writes it: config.json, preprocessor_config.json, the tokenizer,
+    model.safetensors."""
+    images: Annotated[int, Field(ge=0, le=2048)] = 0
+    """Pictures that each evaluation draws for KID, of the captions of as many held-out images, which they are compared
+    with. 0: no KID, and the CLIP score of the sample pictures alone, which costs next to nothing."""
+
+
 class Validation(ApiModel):
-    """Loss on the held-out split, with the same noise each time, and sample pictures."""
+    """Loss on the held-out split, with the same noise each time, sample pictures, and scores of pictures."""
 
     every_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 250
     """Optimizer steps between two evaluations."""
@@ -42,6 +53,13 @@ class Validation(ApiModel):
     """Pictures of the sample grid."""
     early_stopping: EarlyStopping | None = None
     """Stop when the validation loss no longer falls; left out, the run takes all its steps."""
+    scores: Scores | None = None
+    """CLIP score and KID at each evaluation; left out, there are none."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether evaluations draw pictures."""
+        return bool(self.prompts) or self.scores is not None
 
 
 class Checkpoint(ApiModel):

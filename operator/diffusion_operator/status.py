@@ -112,7 +112,7 @@ def _checkpoint(
     return CheckpointStatus(latest=latest, best=best, at_risk_steps=max(0, progress.step - saved) if progress else 0)
 
 
-_ROUNDED = ("samples_per_second", "loss", "validation_loss", "learning_rate")
+_ROUNDED = ("samples_per_second", "loss", "validation_loss", "clip_score", "kid", "learning_rate")
 
 
 def shown(progress: Progress) -> Progress:

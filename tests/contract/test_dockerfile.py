@@ -40,7 +40,7 @@ def test_runs_its_package_as_pid_1_and_as_nobody(target, user, module):
 
 
 @pytest.mark.parametrize(
-    ("target", "wanted"), [("operator", ["operator"]), ("trainer", ["trainer", "optimizers", "cuda"])]
+    ("target", "wanted"), [("operator", ["operator"]), ("trainer", ["trainer", "optimizers", "metrics", "cuda"])]
 )
 def test_installs_its_extras_and_no_others(target, wanted):
     extras = re.findall(r"--extra (\S+)", " ".join(argument for _, argument in stages()[f"{target}-build"]))

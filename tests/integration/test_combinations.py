@@ -40,6 +40,12 @@ def cases():
     yield {"method": "Unconditional", "model": {"family": "UNet2D", "vae": "s3://models/vae/"}}
     for method, family in (("Unconditional", "UNet2D"), ("LoRA", "SD3")):
         yield {"method": method, "model": {"family": family, "textEncoder": {"source": "s3://models/sd3/"}}}
+    for method, images, prompts, fraction in itertools.product(
+        ("LoRA", "Unconditional"), (0, 1, 2), ([], [{"prompt": "a cat"}]), (0, 0.1)
+    ):
+        scores = {"model": "s3://models/clip/", "images": images}
+        held_out = {"source": "s3://team-a/cats/", "validation": {"fraction": fraction}}
+        yield {"method": method, "dataset": held_out, "validation": {"prompts": prompts, "scores": scores}}
     yield {"method": "DreamBooth", "lora": {"rank": 4}, **WHOLE}
 
 

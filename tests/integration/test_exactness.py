@@ -20,7 +20,7 @@ from diffusion_api.outcomes import ExitCode
 from diffusion_trainer.checkpoint import Ledger
 from diffusion_trainer.objectstore import open_store
 from testkit.attempts import UID, TrainerJob
-from testkit.tiny import make_image_folder, make_tiny_sd1
+from testkit.tiny import make_image_folder, make_tiny_clip, make_tiny_sd1
 from testkit.warm import WarmTrainers
 
 STEPS = 6
@@ -34,6 +34,7 @@ def inputs(tmp_path_factory):
     """A model and a dataset: two shapes, so that batches differ in shape from step to step."""
     root = tmp_path_factory.mktemp("inputs")
     make_tiny_sd1(root / "model")
+    make_tiny_clip(root / "clip")
     make_image_folder(root / "data", 11, sizes=((64, 64), (96, 64), (64, 64)))
     make_image_folder(root / "three-shapes", 14, sizes=((64, 64), (96, 64), (64, 96)))
     return root
@@ -67,11 +68,15 @@ def assert_same(job, reference):
     """Compare two runs bit for bit."""
     tensors, files = result(job)
     wanted, wanted_files = reference
+    assert_same_tensors(tensors, wanted)
+    for name, content in wanted_files.items():
+        assert files[name] == content, name
+
+
+def assert_same_tensors(tensors, wanted):
     assert tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(tensors[name], tensor, atol=0, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-    for name, content in wanted_files.items():
-        assert files[name] == content, name
 
 
 VARIANTS = {
@@ -249,6 +254,7 @@ def test_preempted_by_sigterm(job, reference, seam):
     assert_same(job, reference)
 
 
+@pytest.mark.nightly  # below, another one is interrupted later on
 def test_preempted_within_an_evaluation(job, reference):
     """The evaluation is left to the next attempt, which owes it before its first step."""
     assert job.attempt(seams=[("terminate_during_evaluation", 1)]) == ExitCode.YIELDED, job.log.read_text()
@@ -256,6 +262,28 @@ def test_preempted_within_an_evaluation(job, reference):
     job.finish()
     assert resumed_from(job) == 3
     assert_same(job, reference)
+
+
+def test_scores_change_nothing_of_the_training(job, reference):
+    """Nor does a stop while pictures are drawn for them: the next attempt owes the whole evaluation."""
+    prompts = [{"prompt": "a thing", "steps": 2}]
+    scores = {"model": f"file://{job.inputs}/clip", "images": 2}
+    job.overrides = {"validation": {"everySteps": 3, "prompts": prompts, "scores": scores}}
+    assert job.attempt(seams=[("terminate_while_scoring", 1)]) == ExitCode.YIELDED, job.log.read_text()
+    assert job.last_word()["latestCheckpoint"]["step"] == 3
+    assert "clip_score" not in (job.output / names.METRICS_FILE).read_text()
+    job.finish()
+    assert resumed_from(job) == 3
+    lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
+    found = {line["step"]: (line.pop("clip_score"), line.pop("kid")) for line in lines if "clip_score" in line}
+    assert sorted(found) == [3, 6]
+    assert found[3] != found[6]
+    progress = job.last_word()["progress"]
+    assert (progress["clipScore"], progress["kid"]) == found[6]
+    tensors, files = reference
+    contents = result(job)[1] | {names.METRICS_FILE: "".join(json.dumps(line) + "\n" for line in lines).encode()}
+    assert contents == files
+    assert_same_tensors(result(job)[0], tensors)
 
 
 def test_preempted_without_time_to_save(job, reference):

@@ -16,7 +16,7 @@ from diffusion_api.outcomes import ExitCode
 from diffusion_trainer.checkpoint import Ledger
 from diffusion_trainer.objectstore import open_store
 from testkit.attempts import UID, TrainerJob
-from testkit.tiny import make_image_folder, make_tiny_sd1
+from testkit.tiny import make_image_folder, make_tiny_clip, make_tiny_sd1
 from testkit.waiting import wait_until
 from testkit.warm import WarmTrainers
 
@@ -102,6 +102,26 @@ def test_two_processes_train_what_one_would(tmp_path, inputs, trainers, micro_ba
     assert sum("validation_loss" in line for line in curves[0]) == 2
     assert min(line["grad_norm"] for line in curves[0]) > clipped["maxGradNorm"]
     assert any(name.startswith("average/") for name in tensors_of(jobs[0]))
+
+
+@pytest.mark.nightly
+def test_two_processes_find_the_scores_that_one_does(tmp_path, inputs, trainers):
+    make_tiny_clip(tmp_path / "clip")
+    scores = {"model": f"file://{tmp_path}/clip", "images": 3}
+    found = []
+    for processes in (1, 2):
+        run = {"processesPerNode": processes, "microBatchSize": 2}
+        job = TrainerJob(tmp_path / str(processes), inputs, trainers, run=run)
+        prompts = [{"prompt": "a thing", "steps": 2}]
+        job.overrides = {
+            "dataset": job.spec()["dataset"] | {"validation": {"fraction": 0.3}},
+            "validation": {"everySteps": 3, "prompts": prompts, "scores": scores},
+        }
+        job.finish(seams=[FORK])
+        lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
+        found.append([(line["step"], line["clip_score"], line["kid"]) for line in lines if "clip_score" in line])
+    assert [step for step, *_ in found[0]] == [3, STEPS]
+    assert found[0] == found[1]
 
 
 def test_only_rank_0_writes_and_speaks(undisturbed):

@@ -21,7 +21,7 @@ from diffusion_trainer.progress import Board
 from diffusion_trainer.settings import read_settings
 from testkit.objectstore import MemoryStore, Objects
 from testkit.s3 import S3Server, refused_endpoint
-from testkit.tiny import make_image_folder, make_tiny_sd1
+from testkit.tiny import make_image_folder, make_tiny_clip, make_tiny_sd1
 
 # What the process has loaded when it ends.
 RUN_AND_LIST = """
@@ -39,6 +39,7 @@ except SystemExit as end:
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     make_tiny_sd1(root / "model")
+    make_tiny_clip(root / "clip")
     make_image_folder(root / "data", 12)
     return root
 
@@ -95,6 +96,9 @@ class Job:
         self.spec["model" if name == "model" else "dataset"]["source"] = f"file://{folder}/"
         return folder
 
+    def with_scores(self, folder: Path) -> None:
+        self.spec["validation"] = {"prompts": [{"prompt": "a thing"}], "scores": {"model": f"file://{folder}/"}}
+
     def on_s3(self, credentials) -> None:
         folder = self.work / "secret"
         folder.mkdir()
@@ -145,6 +149,7 @@ def assert_ends(job, code, *texts):
 
 class TestProcess:
     def test_a_good_job_ends_with_a_report_and_without_torch(self, job):
+        job.with_scores(job.inputs / "clip")
         done, word = job.process()
         assert done.returncode == ExitCode.DONE, done.stdout + done.stderr
         assert "heavy: []" in done.stdout
@@ -227,6 +232,10 @@ class TestFolders:
         index = job.copied("model") / "model_index.json"
         index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["os", "system"]}))
         assert_ends(job, ExitCode.BAD_DATA, "os.system", "UNet2DConditionModel")
+
+    def test_what_scores_pictures_is_no_clip_model(self, job):
+        job.with_scores(job.inputs / "model" / "text_encoder")
+        assert_ends(job, ExitCode.INPUT_MISSING, "validation.scores.model", "has no preprocessor_config.json")
 
     def test_another_family_was_asked_for(self, job):
         job.spec["model"]["family"] = "SDXL"

@@ -19,7 +19,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-EXTRAS = ("operator", "trainer", "optimizers", "dev")
+EXTRAS = ("operator", "trainer", "optimizers", "metrics", "dev")
 BARE_EXTRAS = ("single-file",)
 """Those of whose packages files are read and no code runs: installed without what they require themselves."""
 ROOT = Path(__file__).resolve().parents[2]

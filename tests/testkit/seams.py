@@ -69,6 +69,11 @@ def terminate_during(function: str) -> None:
     _before(function, lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 1 else None)
 
 
+def terminate_while_scoring(number: int) -> None:
+    """Send SIGTERM before pictures for scores are drawn for the time `number` (from 1)."""
+    _before("pictures_of", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == number else None, evaluation)
+
+
 def terminate_during_evaluation(number: int) -> None:
     """Send SIGTERM when evaluation `number` (from 1) has begun."""
     _before("validate", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == number else None, evaluation)

@@ -84,6 +84,27 @@ def make_tiny_sd1(folder: Path, *, seed: int = 0, unet: Mapping[str, Any] | None
     return folder
 
 
+def make_tiny_clip(folder: Path, *, seed: int = 0) -> Path:
+    """Write a CLIP model with both towers in transformers' layout and return the folder; it looks at 24 x 24 pixels."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    width, side = 16, 24
+    vision = {
+        "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": side, "patch_size": 8, "projection_dim": width,
+    }  # fmt: skip
+    text = text_config(width).to_dict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+    write_tokenizer(folder)
+    model.save_pretrained(folder, safe_serialization=True)
+    eye = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    eye.save_pretrained(folder)
+    return folder
+
+
 def text_config(width: int, **changes: Any) -> Any:
     """Return the configuration of a CLIP text encoder with the vocabulary of `write_tokenizer`."""
     from transformers import CLIPTextConfig

@@ -48,6 +48,20 @@ class Evaluation:
     advantage: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What CLIP says of pictures drawn after `step`; None where there was nothing to score or compare."""
+
+    step: int
+    clip_score: float | None = None
+    kid: float | None = None
+
+    def named(self) -> dict[str, float]:
+        """Return the scores that there are, by their names."""
+        both = {"clip_score": self.clip_score, "kid": self.kid}
+        return {name: value for name, value in both.items() if value is not None}
+
+
 @dataclass(slots=True)
 class Curves:
     """What is known, in the order of the steps, and what still lies on the device.
@@ -58,16 +72,19 @@ class Curves:
     points: list[Point] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     evaluated: int = 0
+    scores: list[Scored] = field(default_factory=list)
     _waiting: list[tuple[int, Tensor, float, Tensor]] = field(default_factory=list)
 
     def note(self, step: int, *, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
         """Take note of a step without waiting for the device: `loss` and `grad_norm` are scalars on it."""
         self._waiting.append((step, loss, learning_rate, grad_norm))
 
-    def evaluate(self, step: int, found: Evaluation | None) -> None:
+    def evaluate(self, step: int, found: Evaluation | None, scored: Scored | None = None) -> None:
         """Take note of the evaluation after `step`, which may be done again but is there once."""
         if found is not None:
             self.evaluations = [one for one in self.evaluations if one.step != step] + [found]
+        if scored is not None:
+            self.scores = [one for one in self.scores if one.step != step] + [scored]
         self.evaluated = step
 
     def settle(self) -> list[Point]:
@@ -97,6 +114,7 @@ class Curves:
         return {
             "evaluated": self.evaluated,
             "evaluations": [[e.step, e.loss, list(e.by_bin), e.train_loss, e.advantage] for e in self.evaluations],
+            "scores": [[one.step, one.clip_score, one.kid] for one in self.scores],
         }
 
     @classmethod
@@ -106,11 +124,13 @@ class Curves:
         evaluations = [
             Evaluation(step, loss, tuple(by_bin), *rest) for step, loss, by_bin, *rest in scalars["evaluations"]
         ]
-        return cls(points, evaluations, scalars["evaluated"])
+        scores = [Scored(*one) for one in scalars.get("scores", ())]  # older checkpoints have none
+        return cls(points, evaluations, scalars["evaluated"], scores)
 
     def to_jsonl(self) -> bytes:
         """Return metrics.jsonl: one line per step, with the evaluation after it; what is not finite is null."""
         after = {e.step: e for e in self.evaluations}
+        scored = {one.step: one for one in self.scores}
         lines = []
         for p in self.points:
             line: dict[str, Any] = {
@@ -124,6 +144,8 @@ class Curves:
                 line["validation_loss_by_bin"] = [_finite(value) for value in evaluation.by_bin]
                 if evaluation.train_loss is not None:
                     line["train_subset_loss"] = _finite(evaluation.train_loss)
+            if scores := scored.get(p.step):
+                line |= {name: _finite(value) for name, value in scores.named().items()}
             lines.append(json.dumps(line) + "\n")
         return "".join(lines).encode()
 

@@ -1,12 +1,14 @@
-"""Evaluations on the way: loss on the held-out images, and the sample grid."""
+"""Evaluations on the way: loss on the held-out images, the sample grid, and scores of pictures."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 
+from PIL import Image
 from torch import Tensor
 
 from diffusion_api import names
@@ -14,13 +16,15 @@ from diffusion_api.job import TrainerSpec
 from diffusion_trainer import overfitting
 from diffusion_trainer.cache import Cache
 from diffusion_trainer.courier import Courier
-from diffusion_trainer.curves import Curves, Evaluation
+from diffusion_trainer.curves import Curves, Evaluation, Scored
 from diffusion_trainer.data import Batch, DatasetLock
 from diffusion_trainer.methods import Attached
 from diffusion_trainer.models import Family
 from diffusion_trainer.objective import Objective
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.sampling import sample_grid
+from diffusion_trainer.scoring.drawing import pictures_of
+from diffusion_trainer.scoring.scorer import Scorer
 from diffusion_trainer.stopping import StopSignal, Yielded
 from diffusion_trainer.validation import ValidationResult, train_subset, validate
 
@@ -33,7 +37,8 @@ class Evaluator:
 
     `shown` puts the weights to evaluate in place for a while.
     `errors` gives the unweighted loss of each image of a batch; results go to `curves` and, as pictures, to `courier`.
-    All processes take part in the loss and know the results; the leader alone draws samples.
+    All processes take part in the loss and in the pictures for KID, and know the results; the leader alone draws
+    samples.
     """
 
     spec: TrainerSpec
@@ -52,6 +57,7 @@ class Evaluator:
     warn: Callable[[str], None]
     shown: Callable[[], AbstractContextManager[None]]
     peers: Peers
+    scorer: Scorer | None = None
 
     def due(self, step: int) -> bool:
         """Return whether the weights after `step` are to be evaluated, and have not been."""
@@ -99,24 +105,47 @@ class Evaluator:
             gather=lambda losses: self.peers.gather(f"validation/{step}", losses),
         )
         with self.peers.leader_first(f"evaluation/{step}"):
-            if self.peers.leads:
-                self._draw(step)
-        found = self.peers.as_leader_says(f"evaluated/{step}", asdict(_evaluation(step, result)) if result else None)
-        self.curves.evaluate(step, Evaluation(**found | {"by_bin": tuple(found["by_bin"])}) if found else None)
-        if found and self.peers.leads:
-            self._tell()
+            pictures = self._draw(step) if self.peers.leads else ()
+        scored = self._scored(self.scorer, step, pictures) if self.scorer else None
+        found, scores = self.peers.as_leader_says(
+            f"evaluated/{step}",
+            [asdict(_evaluation(step, result)) if result else None, asdict(scored) if scored else None],
+        )
+        self.curves.evaluate(
+            step,
+            Evaluation(**found | {"by_bin": tuple(found["by_bin"])}) if found else None,
+            Scored(**scores) if scores else None,
+        )
+        if self.peers.leads:
+            self._tell(step)
 
-    def _tell(self) -> None:
-        newest = self.curves.evaluations[-1]
-        LOG.info("step %d validation_loss %.5f train_subset_loss %s", newest.step, newest.loss, newest.train_loss)
+    def _tell(self, step: int) -> None:
+        for one in self.curves.evaluations[-1:]:
+            LOG.info("step %d validation_loss %.5f train_subset_loss %s", one.step, one.loss, one.train_loss)
+        for scored in self.curves.scores[-1:]:
+            LOG.info("step %d %s", step, " ".join(f"{name} {value:.5g}" for name, value in scored.named().items()))
         if text := overfitting.warning(self.curves.evaluations):
             self.warn(text)
 
-    def _draw(self, step: int) -> None:
-        if prompts := self.spec.validation.prompts:
-            side = self.spec.dataset.resolution
-            grid = sample_grid(self.family, prompts, size=(side, side), text=self.attached.text)
-            self.courier.send(f"{names.SAMPLES_PREFIX}step-{step:08d}.png", grid.grid_png())
+    def _draw(self, step: int) -> Sequence[Image.Image]:
+        prompts = self.spec.validation.prompts
+        if not prompts:
+            return ()
+        side = self.spec.dataset.resolution
+        grid = sample_grid(self.family, prompts, size=(side, side), text=self.attached.text)
+        self.courier.send(f"{names.SAMPLES_PREFIX}step-{step:08d}.png", grid.grid_png())
+        return grid.pictures
+
+    def _scored(self, scorer: Scorer, step: int, pictures: Sequence[Image.Image]) -> Scored | None:
+        """Return the scores to the leader, of its `pictures` of the prompts and of those that all draw here."""
+        seed, text = self.spec.training.seed, self.attached.text
+        draw = partial(pictures_of, family=self.family, cache=self.cache, text=text, seed=seed)
+        found = self.peers.gather(f"scores/{step}", scorer.look(draw, part=self.peers.part))
+        if not self.peers.leads:
+            return None
+        prompts = self.spec.validation.prompts
+        shown = [(picture, asked.prompt) for picture, asked in zip(pictures, prompts, strict=True)]
+        return scorer.conclude(step, found, shown)
 
 
 def _evaluation(step: int, result: ValidationResult) -> Evaluation:

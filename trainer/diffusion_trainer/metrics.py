@@ -28,6 +28,8 @@ class Metrics:
         self.learning_rate = gauge("learning_rate", "Learning rate of the last step")
         self.grad_norm = gauge("grad_norm", "Norm of the gradient before clipping at the last report")
         self.validation_loss = gauge("validation_loss", "Loss on the held-out images at the last evaluation")
+        self.clip_score = gauge("clip_score", "CLIP score of drawn pictures at the last evaluation, 0 to 100")
+        self.kid = gauge("kid", "Kernel distance of drawn and held-out pictures at the last evaluation")
         self.samples = counter("samples", "Images trained on in this attempt")
         self.step_duration = Histogram(
             PREFIX + "step_duration_seconds",

@@ -21,12 +21,13 @@ from diffusion_trainer.models.survey import Found, look_at
 from diffusion_trainer.objectstore import ObjectStore
 from diffusion_trainer.objectstore.settings import TransferSettings
 from diffusion_trainer.progress import Board
+from diffusion_trainer.scoring.files import check_library, fetch_clip
 from diffusion_trainer.settings import Settings
 from diffusion_trainer.stores import open_stores
 
 ATTEMPT = 0
 """Number under which a preflight speaks: it comes before the first attempt."""
-_FIELDS = ("dataset.", "model.", "output.", "method:", "fineTune.")
+_FIELDS = ("dataset.", "model.", "output.", "method:", "fineTune.", "validation.")
 """What a message that names its field already begins with."""
 TRANSFER = TransferSettings(retries=2)
 """Patience with a storage that does not answer: a preflight that fails of it is tried again by whoever started it."""
@@ -63,6 +64,13 @@ def preflight(
         seen = survey(run.spec.dataset, folders_of(run.spec, stores.datasets), work=settings.work)
     except TrainerError as error:
         findings.append(_named("dataset.source", error))
+    if stores.scores is not None:
+        try:
+            board.say(f"validation.scores.model: reading {stores.scores.uri}")
+            check_library()
+            fetch_clip(stores.scores, settings.work, weights=False)
+        except TrainerError as error:
+            findings.append(_named("validation.scores.model", error))
     report = _report(found, seen, seconds=monotonic() - started)
     board.update(preflight=report)
     for text in seen.warnings if seen else ():

@@ -25,6 +25,7 @@ from diffusion_trainer.objective import Objective, objective_of
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Extent
+from diffusion_trainer.scoring.scorer import Scorer, open_scorer
 from diffusion_trainer.state import Basis, Trained, made_trainable
 from diffusion_trainer.stores import Stores
 
@@ -47,6 +48,7 @@ class Ready:
     attached: Attached
     trained: Trained
     basis: Basis
+    scorer: Scorer | None = None
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -86,6 +88,8 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     family = models.open_model(folder, spec, device=device.torch, dtype=device.dtype)
     check_sizes(lock, family)
     pictures = data.Pictures((*stores.datasets, stores.state), work)
+    with peers.node_leader_first("scores"):
+        scorer = open_scorer(spec, lock, pictures, source=stores.scores, device=device.torch)
     lock = with_class_images(lock, family, spec, state=stores.state, pictures=pictures, peers=peers, report=report)
     attached = methods.attach(family, spec, seed=seed)
     variants = spec.dataset.augmentation.variants_per_image
@@ -122,7 +126,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     extent = Extent(spec.total_steps(plan.batches_per_epoch), plan.batches_per_epoch, spec.batch_size)
     objective = objective_of(family.process, spec.training.objective).to(device.torch)
     basis = Basis(lock.sha, family.file_hashes())
-    ready = Ready(device, family, cached, plan, extent, share, objective, attached, trained, basis)
+    ready = Ready(device, family, cached, plan, extent, share, objective, attached, trained, basis, scorer)
     economise(spec, ready)
     return ready
 

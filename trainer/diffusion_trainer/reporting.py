@@ -76,6 +76,8 @@ class Reporter:
         self._metrics.loss.set(loss)
         if curves.evaluations:
             self._metrics.validation_loss.set(curves.evaluations[-1].loss)
+        for name, value in (curves.scores[-1].named() if curves.scores else {}).items():
+            getattr(self._metrics, name).set(value)
         self._metrics.learning_rate.set(fresh[-1].learning_rate)
         self._metrics.grad_norm.set(fresh[-1].grad_norm)
         self._board.update(progress=progress)
@@ -96,6 +98,8 @@ class Reporter:
             samples_per_second=round(rate * extent.batch_size, 3),
             loss=loss,
             validation_loss=curves.evaluations[-1].loss if curves.evaluations else None,
+            clip_score=curves.scores[-1].clip_score if curves.scores else None,
+            kid=curves.scores[-1].kid if curves.scores else None,
             learning_rate=learning_rate,
             last_updated_time=self._board.now(),
         )

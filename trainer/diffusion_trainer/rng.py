@@ -34,6 +34,7 @@ class Purpose(StrEnum):
     VALIDATION = "validation"
     TRAIN_SUBSET = "train-subset"
     SAMPLE = "sample"
+    SCORE = "score"
 
 
 def stream(seed: int, purpose: Purpose, *indices: int | str) -> np.random.Generator:

@@ -18,7 +18,7 @@ from diffusion_trainer.objectstore.settings import TransferSettings
 
 @dataclass(frozen=True)
 class Stores:
-    """`datasets` are the folders of images, one for each concept.
+    """`datasets` are the folders of images, one for each concept; `scores` is a CLIP model's, where one is named.
 
     `state` is the folder of the job's resumable state, and `open_state` opens that in another process.
     """
@@ -28,6 +28,7 @@ class Stores:
     output: ObjectStore
     state: ObjectStore
     open_state: Callable[[], ObjectStore]
+    scores: ObjectStore | None = None
 
 
 def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings | None = None) -> Stores:
@@ -49,6 +50,7 @@ def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings
         output=opened(spec.output.destination),
         state=open_state(),
         open_state=open_state,
+        scores=opened(spec.validation.scores.model) if spec.validation.scores else None,
     )
 
 

@@ -45,7 +45,11 @@ class Tracking:
         for evaluation in self._curves.evaluations:
             if evaluation.step > self._evaluated:
                 self._writer.add_scalar("validation/loss", evaluation.loss, evaluation.step)
-                self._evaluated = evaluation.step
+        for scored in self._curves.scores:
+            if scored.step > self._evaluated:
+                for name, value in scored.named().items():
+                    self._writer.add_scalar(f"validation/{name}", value, scored.step)
+        self._evaluated = max(self._evaluated, self._curves.evaluated)
         self._writer.flush()
         for path in self._folder.iterdir():
             self._courier.send(TENSORBOARD_PREFIX + path.name, path)

@@ -145,6 +145,7 @@ def take_steps(work: Work, ready: Ready, stepper: Stepper) -> Ended:
             warn=board.warn,
             shown=ready.trained.shown,
             peers=peers,
+            scorer=ready.scorer,
         )
         books.begin(step)
         evaluator.evaluate_when_due(step)  # the last attempt may have been stopped before it could

@@ -146,3 +146,33 @@ def test_early_stopping_needs_something_to_go_by():
     made["spec"]["dataset"]["validation"] = {"fraction": 0}
     with pytest.raises(InvalidJobError, match=r"earlyStopping goes by held-out images, but .*fraction is 0"):
         parse(made)
+
+
+@pytest.mark.parametrize(
+    ("scores", "changes", "message"),
+    [
+        ({"images": 1}, {}, r"scores.images is 1, and KID compares sets of at least 2: use 64, or 0"),
+        ({"images": 2049}, {}, r"spec.validation.scores.images: 2049: .*less than or equal to 2048"),
+        ({"images": 8}, {"fraction": 0}, r"compares with held-out images, but dataset.validation.fraction is 0: use"),
+        ({}, {"prompts": []}, r"scores: there are no pictures to score: add validation.prompts, or set images"),
+        ({}, {"method": "Unconditional"}, r"draws without words, so that there is no CLIP score: set images"),
+        ({"model": "gs://a/clip/"}, {}, r"spec.validation.scores.model: gs://a/clip/: not supported yet: use s3://"),
+        ({"model": "a/clip"}, {}, r"spec.validation.scores.model: a/clip"),
+    ],
+)
+def test_scores_need_something_to_score(scores, changes, message):
+    def made(scores, *, prompts=({"prompt": "a cat"},), fraction=0.05, method="LoRA"):
+        made = job("validation", {"prompts": list(prompts), "scores": {"model": "s3://models/clip/"} | scores})
+        made["spec"]["dataset"]["validation"] = {"fraction": fraction}
+        made["spec"]["method"] = method
+        if method == "Unconditional":
+            made["spec"].pop("lora", None)
+            made["spec"]["output"]["formats"] = ["Diffusers"]
+        return made
+
+    with pytest.raises(InvalidJobError, match=message):
+        parse(made(scores, **changes))
+    assert parse(made({"images": 2}, prompts=())).validation.scores.images == 2
+    assert parse(made({}, fraction=0)).validation.scores.images == 0
+    assert parse(made({"images": 8}, method="Unconditional")).validation.draws
+    assert parse(made({})).identity() == parse(job("validation", {})).identity()

@@ -99,7 +99,7 @@ def test_diffusers_9546_a_second_model_is_loaded_for_the_pictures(monkeypatch):
 
     def draw(family, _prompts, **_options):
         drawn_with.append(family.denoiser.weight.data_ptr())
-        return SimpleNamespace(grid_png=lambda: b"")
+        return SimpleNamespace(grid_png=lambda: b"", pictures=())
 
     monkeypatch.setattr(evaluation, "sample_grid", draw)
 

@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 
 from diffusion_api.run import ProgressReport
-from diffusion_trainer.curves import Curves, Evaluation, Point
+from diffusion_trainer.curves import Curves, Evaluation, Point, Scored
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.progress import Board, ProgressServer, timestamp
 from diffusion_trainer.reporting import Extent, Reporter
@@ -144,7 +144,7 @@ def test_reports_are_due_by_steps_and_by_time():
 
 def test_a_report_averages_since_the_last_one():
     clock, board, metrics, reporter = _reporter(start=20)
-    curves = Curves(points=_points(1, 30), evaluations=[Evaluation(20, 0.7)])
+    curves = Curves(points=_points(1, 30), evaluations=[Evaluation(20, 0.7)], scores=[Scored(20, 21.5, None)])
     for step in range(21, 31):
         clock.now += 0.5
         reporter.stepped(step, wait_seconds=0.25, now=123.0)
@@ -155,12 +155,15 @@ def test_a_report_averages_since_the_last_one():
     assert progress.samples_per_second == 8.0  # 10 steps of 4 images in 5 seconds
     assert progress.estimated_remaining_seconds == 35  # 70 steps of half a second
     assert progress.validation_loss == 0.7
+    assert (progress.clip_score, progress.kid) == (21.5, None)
     curves.points += _points(31, 31)
     reporter.stepped(31, wait_seconds=0, now=124.0)
     reporter.report(31, curves)
     assert board.state.progress.loss == 31.0
     text = metrics.text().decode()
     assert "diffusion_trainer_validation_loss 0.7" in text
+    assert "diffusion_trainer_clip_score 21.5" in text
+    assert "diffusion_trainer_kid 0.0" in text
     assert "diffusion_trainer_samples_total 44.0" in text
     assert "diffusion_trainer_step_duration_seconds_count 11.0" in text
     assert "diffusion_trainer_data_wait_seconds_total 2.5" in text

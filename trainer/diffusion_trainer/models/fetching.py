@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from diffusion_trainer.errors import BadData, InputMissing
@@ -26,8 +26,12 @@ def fetch_model(source: Source, work: Path, *, report: Callable[[str], None]) ->
 
     """
     wanted = wanted_files(source)
-    folder = work / "model"
     report(f"downloading the model ({sum(info.size for info in wanted.values()) / 1e9:.1f} GB)")
+    return fetch_files(source, wanted, work / "model")
+
+
+def fetch_files(source: Source, wanted: Mapping[str, ObjectInfo], folder: Path) -> Path:
+    """Download files, by their keys, into a folder, which is returned; those of the right size are kept."""
 
     def fetch(key: str) -> None:
         path = folder / key

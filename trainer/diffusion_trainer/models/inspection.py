@@ -168,7 +168,7 @@ def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, 
             weights |= _weights(folder, f"{name}/{component.weights}")
     for path in sorted(folder.rglob("*.json")):  # tokenizer.json, added_tokens.json, ... are read by libraries as well
         if path.relative_to(folder).parts[0] in {INDEX, *components}:
-            _refuse_forbidden(read_any_json(path), str(path.relative_to(folder)))
+            refuse_forbidden(read_any_json(path), str(path.relative_to(folder)))
     return weights
 
 
@@ -198,7 +198,8 @@ def _architectures(config: Mapping[str, Any]) -> list[object]:
     return found if isinstance(found, list) else [found]
 
 
-def _refuse_forbidden(content: object, where: str) -> None:
+def refuse_forbidden(content: object, where: str) -> None:
+    """Raise `BadData` where JSON has a key by which it could name code."""
     for key in _keys(content):
         if key in _FORBIDDEN_KEYS:
             raise BadData(

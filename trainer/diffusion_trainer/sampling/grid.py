@@ -16,7 +16,7 @@ from diffusion_api.validation import SamplePrompt
 from diffusion_trainer.data.lock import Shape
 from diffusion_trainer.data.transforms import Geometry
 from diffusion_trainer.methods import TextPath
-from diffusion_trainer.models.base import Family
+from diffusion_trainer.models.base import Conditioning, Family
 from diffusion_trainer.rng import Purpose, stream
 from diffusion_trainer.sampling.samplers import denoised, sampler_name
 
@@ -49,6 +49,16 @@ class SampleGrid:
         return _png(self.pictures[index], self.parameters[index])
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One picture: the conditioning [2, ...] of what to keep away from and of what to draw, and how to draw it."""
+
+    conditioning: Conditioning
+    seed: int
+    steps: int
+    guidance: float
+
+
 def sample_grid(
     family: Family, prompts: Sequence[SamplePrompt], *, size: Shape, text: TextPath | None = None
 ) -> SampleGrid:
@@ -63,21 +73,37 @@ def sample_grid(
     with _evaluating(family):
         texts = (text or TextPath(family)).encode([said for p in prompts for said in (p.negative_prompt, p.prompt)])
         family.release_encoders()
-        shape = (family.latent_channels, size[1] // family.latent_scale, size[0] // family.latent_scale)
+    wanted = [
+        Wanted(
+            {name: rows[2 * i : 2 * i + 2] for name, rows in texts.items()},
+            seed=prompt.seed,
+            steps=prompt.steps,
+            guidance=prompt.guidance_scale,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    pictures = draw(family, wanted, size=size)
+    return SampleGrid(pictures, tuple(_parameters(prompt, size, sampler_name(family.process)) for prompt in prompts))
+
+
+def draw(family: Family, wanted: Sequence[Wanted], *, size: Shape) -> tuple[Image.Image, ...]:
+    """Draw pictures of one size, (width, height); the denoiser's mode and the encoders as in `sample_grid`."""
+    shape = (family.latent_channels, size[1] // family.latent_scale, size[0] // family.latent_scale)
+    with _evaluating(family):
         latents = [
             denoised(
                 family,
-                _noise(prompt.seed, shape),
-                {name: rows[2 * i : 2 * i + 2] for name, rows in texts.items()},
+                _noise(one.seed, shape),
+                one.conditioning,
                 geometry=Geometry(original=size, crop=(0, 0), target=size).numbers(),
-                steps=prompt.steps,
-                guidance=prompt.guidance_scale,
+                steps=one.steps,
+                guidance=one.guidance,
             )
-            for i, prompt in enumerate(prompts)
+            for one in wanted
         ]
         pictures = tuple(Image.fromarray(family.decode(one)[0].numpy()) for one in latents)
         family.release_encoders()
-    return SampleGrid(pictures, tuple(_parameters(prompt, size, sampler_name(family.process)) for prompt in prompts))
+    return pictures
 
 
 @contextmanager
