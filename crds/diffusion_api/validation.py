@@ -41,7 +41,8 @@ class Scores(ApiModel):
     model.safetensors."""
     images: Annotated[int, Field(ge=0, le=2048)] = 0
     """Pictures that each evaluation draws for KID, of the captions of as many held-out images, which they are compared
-    with. 0: no KID, and the CLIP score of the sample pictures alone, which costs next to nothing."""
+    with; no more than are held out. 0: no KID, and the CLIP score of the sample pictures alone, which costs next to
+    nothing."""
 
 
 class Validation(ApiModel):

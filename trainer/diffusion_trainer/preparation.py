@@ -89,7 +89,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     check_sizes(lock, family)
     pictures = data.Pictures((*stores.datasets, stores.state), work)
     with peers.node_leader_first("scores"):
-        scorer = open_scorer(spec, lock, pictures, source=stores.scores, device=device.torch)
+        scorer = open_scorer(spec, lock, pictures, source=stores.scores, device=device.torch, report=report)
     lock = with_class_images(lock, family, spec, state=stores.state, pictures=pictures, peers=peers, report=report)
     attached = methods.attach(family, spec, seed=seed)
     variants = spec.dataset.augmentation.variants_per_image

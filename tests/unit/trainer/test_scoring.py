@@ -168,8 +168,9 @@ def spec_of(**scores):
     )
 
 
-def scorer_of(clip, images):
-    return Scorer(clip, images, real=lambda image: picture(int(image.id), image.bucket), device=CPU)
+def scorer_of(clip, images, said=None, **options):
+    real, report = (lambda image: picture(int(image.id), image.bucket)), ([] if said is None else said).append
+    return Scorer(clip, images, real, device=CPU, report=report, **options)
 
 
 def drawn(images):
@@ -182,9 +183,11 @@ def test_scores_do_not_depend_on_who_draws_and_nobodys_numbers_move(clip, folder
     images = compared(lock_of(9), spec_of(images=7))
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()  # noqa: NPY002
     shown = [(picture(50), "a cat"), (picture(51), " ")]
-    alone = scorer_of(clip, images)
+    said = []
+    alone = scorer_of(clip, images, said)
     whole = alone.conclude(12, alone.look(drawn), shown)
     assert alone.conclude(12, alone.look(drawn), shown) == whole  # the same once more
+    assert said == [f"looking at held-out images {n}/7" for n in range(1, 8)]  # once: they stay the same
     shared = scorer_of(clip, images)
     found = [one for rank in range(processes) for one in shared.look(drawn, part=slice(rank, None, processes))]
     assert shared.conclude(12, json.loads(json.dumps(found)), shown) == whole
@@ -205,7 +208,7 @@ def test_without_kid_the_prompts_are_scored_and_without_words_nothing_is(clip):
     assert scorer.look(drawn) == []
     found = scorer.conclude(3, [], [(picture(50), "a cat")])
     assert found == Scored(3, clip_score(clip, picture(50), "a cat"), None)
-    wordless = Scorer(clip, (), real=picture, device=CPU, words=False)
+    wordless = scorer_of(clip, (), words=False)
     assert wordless.conclude(3, [], [(picture(50), "a cat")]) == Scored(3)
 
 
@@ -248,13 +251,13 @@ def test_held_out_images_are_compared_as_the_loss_sees_them(folder, tmp_path):
     image = LockedImage(pictures.download("000.png"), "000.png", 96, 64, "", (32, 32), "validation")
     lock = DatasetLock((image,), {}, {})
     source = open_store(f"file://{folder}")
-    scorer = open_scorer(spec_of(), lock, pictures, source=source, device=CPU)
+    scorer = open_scorer(spec_of(), lock, pictures, source=source, device=CPU, report=str)
     assert scorer.images == ()
     shown = np.asarray(scorer.real(image), dtype=int)
     whole = Image.open(tmp_path / "data" / "000.png").convert("RGB")
     expected = np.asarray(whole.resize((32, 32), Image.Resampling.LANCZOS, box=(16, 0, 80, 64)), dtype=int)
     assert np.abs(shown - expected).max() <= 1
-    assert open_scorer(spec_of(), lock, pictures, source=None, device=CPU) is None
+    assert open_scorer(spec_of(), lock, pictures, source=None, device=CPU, report=str) is None
 
 
 def spoilt(folder, tmp_path, change):

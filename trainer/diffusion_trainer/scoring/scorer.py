@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from diffusion_trainer.scoring.clip import Clip
 from diffusion_trainer.scoring.files import check_library, fetch_clip
 from diffusion_trainer.scoring.measures import clip_score, kid
 
+LOG = logging.getLogger(__name__)
 _AT_A_TIME = 32
 """Pictures between two changes of place of the CLIP model: of 1024 px, 100 MB."""
 
@@ -46,6 +48,7 @@ class Scorer:
     images: Sequence[LockedImage]
     real: Callable[[LockedImage], Image.Image]
     device: torch.device
+    report: Callable[[str], None]
     words: bool = True
     _known: list[Tensor] = field(default_factory=list)
 
@@ -81,8 +84,9 @@ class Scorer:
 
     def _real(self) -> list[Tensor]:
         """Return the features of the held-out images, which stay the same; the first call looks at them."""
-        if not self._known:
-            self._known = [self.clip.look_at(self.real(image)) for image in self.images]
+        for image in self.images[len(self._known) :]:
+            self._known.append(self.clip.look_at(self.real(image)))
+            self.report(f"looking at held-out images {len(self._known)}/{len(self.images)}")
         return self._known
 
     def _groups(self, part: slice) -> Iterator[list[int]]:
@@ -95,21 +99,28 @@ class Scorer:
 
 
 def open_scorer(
-    spec: TrainerSpec, lock: DatasetLock, pictures: Pictures, *, source: Source | None, device: torch.device
+    spec: TrainerSpec,
+    lock: DatasetLock,
+    pictures: Pictures,
+    *,
+    source: Source | None,
+    device: torch.device,
+    report: Callable[[str], None],
 ) -> Scorer | None:
     """Download and load what scores need; None where no CLIP model (`source`) is named.
 
     Raises:
         BadConfig: torchmetrics is missing, or too few images are held out.
-        BadData, InputMissing: the model is none, or an image changed since the freeze.
+        BadData, InputMissing: the model is none.
 
     """
     if source is None:
         return None
     check_library()
     images = compared(lock, spec)
+    report("loading the CLIP model")
     clip = Clip.open(fetch_clip(source, pictures.folder.parent))
-    return Scorer(clip, images, _as_trained(spec, pictures), device, words=spec.method != "Unconditional")
+    return Scorer(clip, images, _as_trained(spec, pictures), device, report, words=spec.method != "Unconditional")
 
 
 def compared(lock: DatasetLock, spec: TrainerSpec) -> tuple[LockedImage, ...]:
@@ -124,6 +135,8 @@ def compared(lock: DatasetLock, spec: TrainerSpec) -> tuple[LockedImage, ...]:
             f"validation.scores.images is {wanted}, but {len(there)} of {len(lock.images)} images are held out, and "
             "KID compares sets of at least 2; raise dataset.validation.fraction, or use images: 0"
         )
+    if len(there) < wanted:
+        LOG.info("KID compares %d pictures, not %d: no more images are held out", len(there), wanted)
     return tuple(there[:wanted])
 
 
