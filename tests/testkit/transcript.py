@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> int:
         installation.install(cluster)
         prepare_team(cluster, s3)
         cluster.kubectl("config", "set-context", "--current", "--namespace", NAMESPACE)
-        tools = {"PATH": f"{cluster.kubectl_path.parent}:/usr/bin:/bin", "KUBECONFIG": str(cluster.kubeconfig)}
+        path = f"{cluster.kubectl_path.parent}:/usr/bin:/bin"
+        tools = {"PATH": path, "KUBECONFIG": str(cluster.kubeconfig), "HOME": str(work)}
 
         def run(command: str) -> str:
             print(f"$ {command}", flush=True)
