@@ -44,10 +44,12 @@ def live(
     look_after: Callable[[], None] = lambda: None,
     at: Callable[[str], None] = lambda _milestone: None,
     detail: Callable[[], str] | None = None,
+    patience_seconds: float = 60,
 ) -> Life:
     """Let a job live: pass the preflight, start, run, be preempted, run again, complete. An operator must be there.
 
     `look_after` is called again and again while something is waited for; `at` with each milestone when it is reached.
+    `patience_seconds` is for each milestone.
     """
     user, kubelet = User(installation.kube, namespace), Kubelet(installation.kube, namespace)
     user.create(make_job())
@@ -57,7 +59,7 @@ def live(
             look_after()
             return bool(probe())
 
-        wait_until(look, describe=what, timeout=60, detail=detail)
+        wait_until(look, describe=what, timeout=patience_seconds, detail=detail)
         at(what)
 
     def settled(phase: str, reason: str, attempt: int, *events: str) -> bool:
