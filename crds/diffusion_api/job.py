@@ -95,6 +95,14 @@ def _spec_rules() -> list[Cel]:
     for name in _IMMUTABLE_OPTIONAL:
         same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
         rules.append(Cel(same, f"{name} {_HOW_TO_CHANGE}", field=f".{name}"))
+    rules.append(
+        Cel(
+            "self.managedBy == oldSelf.managedBy",
+            "managedBy cannot be changed: the other controller does not know what this one has begun. Delete the job, "
+            "or create another one under a new name",
+            field=".managedBy",
+        )
+    )
     return rules
 
 

@@ -79,12 +79,14 @@ class Metrics:
         for attempt in status.attempts:
             if attempt.ended_at and attempt.number not in before and attempt.number >= job.status.attempt:
                 self.attempts.labels(cause=attempt.cause or "Unknown").inc()
-        profile = job.spec.resources.profile if job.spec is not None else ""
-        old, new = (found.accounting.gpu_seconds if found.accounting else 0 for found in (job.status, status))
-        if new > old:
-            self.gpu_seconds.labels(namespace=job.namespace, profile=profile).inc(new - old)
+        held = {attempt.number: attempt.gpu_seconds for attempt in job.status.attempts}
+        for attempt in status.attempts:  # each on the profile that it ran on, which need not be the first of the job's
+            more = attempt.gpu_seconds - held.get(attempt.number, 0)
+            if more > 0 and attempt.number >= job.status.attempt:
+                self.gpu_seconds.labels(namespace=job.namespace, profile=attempt.profile).inc(more)
         ready = _turned_true("PodsReady", job.status, status)
         if ready and status.attempts:
+            profile = status.attempts[0].profile
             self.start_seconds.labels(profile=profile).observe(_between(status.attempts[0].started_at, ready))
         for result in ("Complete", "Failed"):
             ended = _turned_true(result, job.status, status)

@@ -32,12 +32,13 @@ def attempt_ended(case: Case) -> Decision | None:
     if is_starting(case) and len(pods) < case.spec.resources.nodes:
         return None  # what is missing has not been created yet
     running = tuple(pod for pod in pods if pod.live(case.now))
-    if running and len(running) == len(pods):
-        return None
+    if len(running) == max(len(pods), case.spec.resources.nodes):
+        return None  # fewer: one has ended, or went while no operator was there to see it
     if running:
         # One ended rank ends the attempt for all: the others wait for it in vain. Where nothing is left to be done they
         # are about to end by themselves.
-        done = all(pod.completed for pod in pods if pod not in running)
+        ended = [pod for pod in pods if pod not in running]
+        done = bool(ended) and all(pod.completed for pod in ended)
         stopping = () if done else tuple(pod for pod in running if not pod.deleting)
         status = None
         if stopping and is_starting(case):  # no longer: pods that go now are not to be created again

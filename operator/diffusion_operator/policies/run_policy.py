@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import islice
 
 from diffusion_api.job import JobSpec
 from diffusion_api.outcomes import (
@@ -90,7 +92,7 @@ def _retry(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
         repeated = Ending(cause=Cause.REPEATED_CRASH, message=message, exit_code=ending.exit_code, word=ending.word)
         return _verdict(Action.FAIL, repeated, counted=counted)
     if ending.cause == Cause.HOST_OUT_OF_MEMORY:
-        before = sum(attempt.cause == Cause.HOST_OUT_OF_MEMORY for attempt in status.attempts[1:])
+        before = sum(attempt.cause == Cause.HOST_OUT_OF_MEMORY for attempt in _failed_before(status, streak - 1))
         if before >= HOST_OUT_OF_MEMORY_BUDGET:
             return _verdict(Action.FAIL, ending, counted=counted)
     limit = spec.run_policy.backoff_limit
@@ -132,6 +134,12 @@ def saved_something(status: JobStatus) -> bool:
     if attempt.resumed_from_step is not None:
         return checkpoint.latest.step > attempt.resumed_from_step
     return timestamps.from_text(checkpoint.latest.time) >= timestamps.from_text(attempt.started_at)
+
+
+def _failed_before(status: JobStatus, number: int) -> Iterable[Attempt]:
+    """Return the attempts of that many failures before the newest attempt, as far as they are kept."""
+    failed = (item for item in status.attempts[1:] if item.cause and OF_CAUSE[Cause(item.cause)].action == Action.RETRY)
+    return islice(failed, number)
 
 
 def _same_as_before(status: JobStatus, ending: Ending) -> bool:

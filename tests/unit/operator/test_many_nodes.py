@@ -245,6 +245,19 @@ def test_the_status_says_where_the_logs_are_whichever_pod_could_put_them_there(r
     assert status.attempts[1].log == where
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_pod_that_went_while_no_operator_was_there_is_missed(left: int) -> None:
+    job = running(started())
+    decision = ask(job, seen(job, left))
+    assert [pod.name for pod in decision.delete] == [f"cats-1-{left}"]
+    assert decision.create == ()
+    yielded = seen(job, left, **failed(75, message="told to stop"))
+    after = ask(job, yielded)
+    assert after.status is not None
+    assert (after.status.attempt, after.status.attempts[1].cause) == (2, "Preempted")
+    assert after.status.counters.failures == 0
+
+
 def test_one_ended_pod_ends_the_attempt_and_the_next_one_starts_as_a_whole() -> None:
     job = running(started())
     decision = ask(job, seen(job, 0), seen(job, 1, **killed(137)))

@@ -83,7 +83,7 @@ def test_what_a_written_status_says_is_counted_once() -> None:
     metrics = Metrics(version="1", jobs=list, depth=lambda: 0)
 
     def status(phase: str, seconds: float, **conditions: float) -> Object:
-        attempt: Object = {"number": 1, "startedAt": at(10)}
+        attempt: Object = {"number": 1, "startedAt": at(10), "profile": "rtx-4090", "gpuSeconds": seconds}
         if phase == "Complete":
             attempt |= {"endedAt": at(3700), "cause": "Completed"}
         return {
@@ -91,7 +91,7 @@ def test_what_a_written_status_says_is_counted_once() -> None:
             "startTime": at(),
             "attempt": 1,
             "attempts": [attempt],
-            "accounting": {"gpuSeconds": seconds},
+            "accounting": {"gpuSeconds": 7000 + seconds},
             "conditions": [
                 {"type": name, "status": "True", "reason": "R", "message": "", "lastTransitionTime": at(when)}
                 for name, when in conditions.items()
@@ -108,9 +108,9 @@ def test_what_a_written_status_says_is_counted_once() -> None:
     for before, after in itertools.pairwise(steps):
         metrics.note(Job.read(make_job(status=before)), Job.read(make_job(status=after)).status)
     lines = metrics.text().decode().splitlines()
-    assert 'diffusion_operator_gpu_seconds_total{namespace="team-a",profile="a100-80gb"} 3650.0' in lines
-    assert 'diffusion_operator_attempt_start_seconds_sum{profile="a100-80gb"} 42.0' in lines
-    assert 'diffusion_operator_attempt_start_seconds_count{profile="a100-80gb"} 1.0' in lines
+    assert 'diffusion_operator_gpu_seconds_total{namespace="team-a",profile="rtx-4090"} 3650.0' in lines
+    assert 'diffusion_operator_attempt_start_seconds_sum{profile="rtx-4090"} 42.0' in lines
+    assert 'diffusion_operator_attempt_start_seconds_count{profile="rtx-4090"} 1.0' in lines
     assert 'diffusion_operator_job_duration_seconds_sum{result="Complete"} 3700.0' in lines
     assert 'diffusion_operator_job_duration_seconds_count{result="Complete"} 1.0' in lines
     assert 'diffusion_operator_attempts_ended_total{cause="Completed"} 1.0' in lines

@@ -82,8 +82,21 @@ class TestRepeatedCrash:
 
 def test_host_memory_is_tried_once_more() -> None:
     assert judge(status(), spec(), ending(Cause.HOST_OUT_OF_MEMORY)).action == Action.BACK_OFF
-    again = status(earlier(Cause.HOST_OUT_OF_MEMORY))
+    again = status(earlier(Cause.HOST_OUT_OF_MEMORY), counters=Counters(failures_since_checkpoint=1))
     assert judge(again, spec(), ending(Cause.HOST_OUT_OF_MEMORY)).action == Action.FAIL
+
+
+def test_host_memory_that_ran_out_before_a_checkpoint_is_forgotten() -> None:
+    before = [earlier(Cause.PREEMPTED), earlier(Cause.HOST_OUT_OF_MEMORY)]
+    counters = Counters(failures=1, failures_since_checkpoint=1)
+    stuck = status(*before, counters=counters, resumed_from_step=700)
+    checkpoint = CheckpointStatus(latest=make_checkpoint(700))
+    stuck = stuck.model_copy(update={"checkpoint": checkpoint})
+    assert judge(stuck, spec(), ending(Cause.HOST_OUT_OF_MEMORY)).action == Action.FAIL
+    moved = status(*before, counters=counters, resumed_from_step=600).model_copy(update={"checkpoint": checkpoint})
+    assert judge(moved, spec(), ending(Cause.HOST_OUT_OF_MEMORY)).action == Action.BACK_OFF
+    long_ago = status(*before, counters=Counters(failures=1))
+    assert judge(long_ago, spec(), ending(Cause.HOST_OUT_OF_MEMORY)).action == Action.BACK_OFF
 
 
 class TestInfrastructure:

@@ -55,5 +55,24 @@ def test_when_it_is_not_in_vain(case: dict[str, Any]) -> None:
     assert look("ImagePullFailed", **case).rule != "vainStart"
 
 
+def test_two_looks_in_a_row_are_not_a_quarter_of_an_hour() -> None:
+    """Progressing names what is waited for by the same word as what a stopped attempt ended for."""
+    job = started()
+    refused = container(waiting={"reason": "ErrImagePull", "message": "429 Too Many Requests"})
+    pod = make_pod(job, node="n1", status=refused)
+    first = ask(job, pod)
+    assert condition(first, "Progressing") == ("False", "ImagePullFailed")
+    second = ask(after(job, first), pod, seconds=10)
+    assert (second.rule, second.delete) == ("attemptRuns", ())
+    runs = ask(after(job, first), make_pod(job, node="n1", phase="Running"), seconds=10)
+    assert (runs.rule, runs.delete) == ("attemptRuns", ())
+    late = ask(after(job, first), pod, seconds=VAIN_SECONDS)
+    assert late.rule == "vainStart"
+    ends = make_pod(job, node="n1", status={**refused, "phase": "Failed"}, metadata=deleting())
+    over = ask(after(job, late), ends, seconds=VAIN_SECONDS + 1)
+    assert over.status is not None
+    assert over.status.attempts[0].cause == "ImagePullFailed"
+
+
 def test_other_waits_are_waited_for() -> None:
     assert look("ImagePull", status=container(waiting={"reason": "ContainerCreating"})).rule != "vainStart"
