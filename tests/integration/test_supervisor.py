@@ -144,6 +144,15 @@ def test_failures_of_a_step(job, kind, code, words):
     assert job.last_word()["resumedFromStep"] == 4  # what was in flight was finished first
 
 
+def test_a_damaged_checkpoint_is_stepped_over_and_no_longer_told_of(job):
+    assert job.attempt(seams=[("fail_before_step", [5, "bug"])]) == 1
+    (newest,) = (job.output / names.checkpoint_prefix(UID) / "ckpt").glob("*4-a0001*/MANIFEST.json")
+    newest.write_text("{}")
+    assert job.attempt(seams=[("fail_before_step", [1, "bug"])]) == 1
+    word = job.last_word()
+    assert (word["resumedFromStep"], word["latestCheckpoint"]["step"]) == (3, 3)
+
+
 def test_a_diverged_run_saves_nothing_of_it(job):
     job.overrides = {"training": {"nonFinite": {"limit": 2}}}
     assert job.attempt(seams=[("lose_every_loss_from_step", 3)]) == ExitCode.DIVERGED, job.log.read_text()

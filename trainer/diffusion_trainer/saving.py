@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from diffusion_api.status import BestCheckpoint, LatestCheckpoint
 from diffusion_trainer.cadence import GRACE_SHARE, Cadence, fits_grace
-from diffusion_trainer.checkpoint import Publisher, Saved, Snapshot
+from diffusion_trainer.checkpoint import Entry, Publisher, Saved, Snapshot
 from diffusion_trainer.curves import Evaluation
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.overfitting import METRIC
@@ -112,9 +112,7 @@ class Saver:
         metrics.checkpoint_duration.labels("upload").observe(saved.upload_seconds)
         metrics.checkpoint_bytes.set(saved.size_bytes)
         metrics.last_checkpoint.set(saved.entry.time)
-        uri = f"{self._voices.root}{saved.entry.key}/"
-        latest = LatestCheckpoint(step=saved.entry.step, uri=uri, time=timestamp(saved.entry.time))
-        self._voices.board.update(latest_checkpoint=latest)
+        self._voices.board.update(latest_checkpoint=checkpoint_of(saved.entry, root=self._voices.root))
         if saved.best is not None:
             metric, value = saved.best
             self._voices.board.update(best_checkpoint=BestCheckpoint(step=saved.entry.step, metric=metric, value=value))
@@ -135,6 +133,11 @@ class Saver:
             self._publisher.save(snapshot)
             self._publisher.flush(deadline_seconds=left)
             self.announce()
+
+
+def checkpoint_of(entry: Entry, *, root: str) -> LatestCheckpoint:
+    """Return how status and progress name a checkpoint; `root` is the URI of the job's checkpoints."""
+    return LatestCheckpoint(step=entry.step, uri=f"{root}{entry.key}/", time=timestamp(entry.time))
 
 
 def snapshot_bytes(snapshot: Snapshot) -> int:

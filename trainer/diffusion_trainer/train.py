@@ -34,7 +34,7 @@ from diffusion_trainer.peers import Peers, digest
 from diffusion_trainer.preparation import Ready, prepare
 from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Reporter
-from diffusion_trainer.saving import Saver, Voices
+from diffusion_trainer.saving import Saver, Voices, checkpoint_of
 from diffusion_trainer.settings import Settings
 from diffusion_trainer.state import restore, snapshot
 from diffusion_trainer.stepping import Stepper, fitting_share
@@ -285,6 +285,8 @@ def resume(work: Work, ready: Ready) -> tuple[int, Curves]:
         desk.board.update(best_checkpoint=best)
     if peers.world_size > 1:
         peers.check_same("start", beginning(run, ready))
+    if entry and peers.leads:  # an older one than was told of before, where the newest was damaged
+        desk.board.update(latest_checkpoint=checkpoint_of(Entry(**entry), root=work.stores.state.uri))
     step = found.step if found else 0
     total, micro_batch = ready.extent.total_steps, ready.share.micro_batch_size
     resumed_from = step if found else None

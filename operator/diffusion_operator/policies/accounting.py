@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusion_api.status import Accounting, JobStatus
 from diffusion_operator import timestamps
+from diffusion_operator.policies.run_policy import saved_something
 from diffusion_operator.state import Case, SeenPod
 from diffusion_operator.status import edit_attempt
 
@@ -43,7 +44,7 @@ def close_account(case: Case, status: JobStatus, *, completed: bool) -> JobStatu
         start = attempt.resumed_from_step or 0
         done = max(0, attempt.reached_step - start)
         latest = status.checkpoint.latest if status.checkpoint else None
-        saved = attempt.reached_step if completed else latest.step if latest else 0
+        saved = attempt.reached_step if completed else latest.step if latest and saved_something(status) else 0
         kept = min(done, max(0, saved - start))
         price = _gpu_seconds_of_a_step(case, status, done=done)
         useful, lost = useful + kept * price, lost + (done - kept) * price

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 from diffusion_api.outcomes import Cause
@@ -21,8 +22,13 @@ DEVICE_REFUSED = "UnexpectedAdmissionError"
 
 def exclude(case: Case, status: JobStatus, cause: Cause) -> JobStatus:
     """Return the status with the nodes at fault for the end of the newest attempt; past exclusions are dropped."""
+    return avoid(case, status, _at_fault(case, status, cause), cause)
+
+
+def avoid(case: Case, status: JobStatus, nodes: Iterable[str], cause: Cause) -> JobStatus:
+    """Return the status with these nodes excluded from now on, for as long as the cause asks for."""
     kept = {entry.node: entry for entry in status.excluded_nodes if timestamps.from_text(entry.until) > case.now}
-    for node in _at_fault(case, status, cause):
+    for node in nodes:
         until = timestamps.to_text(case.now + AVOIDED_FOR[cause])
         kept.pop(node, None)
         kept[node] = ExcludedNode(node=node, until=until, reason=str(cause))

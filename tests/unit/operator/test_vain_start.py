@@ -55,6 +55,14 @@ def test_when_it_is_not_in_vain(case: dict[str, Any]) -> None:
     assert look("ImagePullFailed", **case).rule != "vainStart"
 
 
+def test_a_node_without_a_network_for_pods_is_avoided() -> None:
+    job, pod = waiting("SandboxFailed")
+    decision = ask(job, pod)
+    assert decision.status is not None
+    assert [(entry.node, entry.reason) for entry in decision.status.excluded_nodes] == [("n1", "AdmissionRejected")]
+    assert [(d.status.excluded_nodes) for d in [look("MountFailed")] if d.status] == [()]
+
+
 def test_two_looks_in_a_row_are_not_a_quarter_of_an_hour() -> None:
     """Progressing names what is waited for by the same word as what a stopped attempt ended for."""
     job = started()
