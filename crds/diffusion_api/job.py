@@ -265,7 +265,8 @@ class TrainerSpec(ApiModel):
         content = self.model_dump(mode="json", by_alias=True, include=included, exclude_none=True)
         content["training"].pop("microBatchSize")
         if self.validation.early_stopping:  # then evaluations decide which weights are exported
-            content["validation"] = self.validation.model_dump(mode="json", include={"every_steps", "early_stopping"})
+            deciding = {"every_steps", "early_stopping", "max_images"}
+            content["validation"] = self.validation.model_dump(mode="json", include=deciding, exclude_none=True)
         content["training"]["learningRate"] = self.learning_rate
         content["training"]["optimizer"] = self.training.optimizer.filled().model_dump(mode="json", by_alias=True)
         content["defaults"] = DEFAULTS[self.method].model_dump(mode="json")

@@ -92,6 +92,7 @@ class Evaluator:
         self.report("")
 
     def _evaluate(self, step: int) -> None:
+        most = self.spec.validation.measured_images
         result = validate(
             self.lock,
             self.cache,
@@ -100,7 +101,8 @@ class Evaluator:
             seed=self.spec.training.seed,
             batch_size=self.batch_size,
             device=self.family.device,
-            beside=train_subset(self.lock, seed=self.spec.training.seed),
+            beside=train_subset(self.lock, seed=self.spec.training.seed, most=most),
+            most=most,
             part=self.peers.part,
             gather=lambda losses: self.peers.gather(f"validation/{step}", losses),
         )

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from diffusion_api.validation import MEASURED_IMAGES
 from diffusion_trainer.data.loader import Batch, CachedTensors, stacked
 from diffusion_trainer.data.lock import DatasetLock
 from diffusion_trainer.objective import Objective
@@ -17,6 +18,7 @@ from diffusion_trainer.rng import Purpose, stream
 
 BINS = 8
 """Times per image, one in the middle of each eighth of the process."""
+MEASURED = MEASURED_IMAGES
 
 LossOfEach: TypeAlias = Callable[[Batch], torch.Tensor]
 """Unweighted loss of each image of a batch, fp32 [B]: mean squared error of the denoiser. Called without gradients."""
@@ -61,10 +63,11 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
     batch_size: int,
     device: torch.device | str,
     beside: Sequence[int] = (),
+    most: int = MEASURED,
     part: slice = slice(None),
     gather: Callable[[list[Loss]], list[Loss]] = list,
 ) -> ValidationResult | None:
-    """Return the loss on the held-out split, and on the training images `beside` it; None where nothing is held out.
+    """Return the loss on `most` held-out images, and on the training images `beside` them; None where none is held out.
 
     Of several processes each does a `part` of the batches; `gather` brings together what they found, at the one that
     gets the result. It is the same, bit for bit, however many there are.
@@ -72,12 +75,13 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
     Noise and times belong to the image (by content hash), not to its place in a batch. The latents are the
     posterior's mean, the caption is never dropped. The last batch is padded, so that all have one shape per bucket.
     """
-    measured = (*lock.held_out, *beside) if lock.held_out else ()
+    held_out = measured(lock, most=most)
+    looked_at = (*held_out, *beside) if held_out else ()
     places = torch.tensor(objective.validation_times(BINS), dtype=objective.times_dtype)
     order: list[_Case] = []
     losses: list[torch.Tensor] = []
     with torch.no_grad():
-        for cases in list(_batches(lock, measured, batch_size))[part]:
+        for cases in list(_batches(lock, looked_at, batch_size))[part]:
             padded = cases + [cases[-1]] * (batch_size - len(cases))
             batch = _batch(padded, lock, cache, seed=seed, times=places).to(device)
             losses.append(loss_of_each(batch)[: len(cases)])
@@ -88,14 +92,22 @@ def validate(  # noqa: PLR0913 - what is measured, and by how many
     if not pooled:
         return None
     found = {_Case(image, number): loss for image, number, loss in pooled}
-    result = _result(lock, lock.held_out, found)
+    result = _result(lock, held_out, found)
     return replace(result, trained=_result(lock, beside, found)) if beside else result
 
 
-def train_subset(lock: DatasetLock, *, seed: int) -> tuple[int, ...]:
-    """Return as many training images as are held out, or all: those that a keyed draw ranks first."""
+def measured(lock: DatasetLock, *, most: int) -> tuple[int, ...]:
+    """Return the held-out images whose loss is measured, `most` or all: the first by content hash, as scores have them.
+
+    An evaluation costs the same however large the dataset is, and all of them look at the same images.
+    """
+    return tuple(sorted(lock.held_out, key=lambda image: (lock.images[image].id, image))[:most])
+
+
+def train_subset(lock: DatasetLock, *, seed: int, most: int = MEASURED) -> tuple[int, ...]:
+    """Return as many training images as held-out ones are measured, or all: those that a keyed draw ranks first."""
     ranked = sorted(lock.instances, key=lambda i: (stream(seed, Purpose.TRAIN_SUBSET, lock.images[i].id).random(), i))
-    return tuple(ranked[: len(lock.held_out)])
+    return tuple(ranked[: min(len(lock.held_out), most)])
 
 
 def _result(lock: DatasetLock, images: Sequence[int], found: Mapping[_Case, float]) -> ValidationResult:

@@ -117,6 +117,15 @@ def test_the_identity_of_a_job_outlives_an_upgrade():
     assert parse(job("model.vae", "s3://models/vae/")).identity() != parse(JOB).identity()
 
 
+def test_the_identity_counts_the_images_measured_only_where_they_decide_when_to_stop():
+    assert parse(job("validation.maxImages", 7)).identity() == parse(JOB).identity()
+    stops, seven = ({"earlyStopping": {}} | more for more in ({}, {"maxImages": 7}))
+    assert parse(job("validation", stops)).identity() != parse(job("validation", seven)).identity()
+    assert parse(job("validation", stops)).identity() == (
+        "675a17c02dcc6243270c7ce8fe481cc360980344640b15720bcbc9df2b92f9dd"
+    )
+
+
 def dreambooth(batch_size=4, **booth):
     made = job("method", "DreamBooth")
     made["spec"].pop("lora", None)

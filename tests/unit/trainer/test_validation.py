@@ -7,7 +7,7 @@ import torch
 from diffusion_trainer.data.lock import DatasetLock, LockedImage
 from diffusion_trainer.objective import DiscreteObjective, FlowObjective
 from diffusion_trainer.rng import Purpose, stream
-from diffusion_trainer.validation import BINS, train_subset, validate
+from diffusion_trainer.validation import BINS, MEASURED, measured, train_subset, validate
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
 OBJECTIVE = DiscreteObjective.of(ALPHAS, prediction="Epsilon", gamma=None)
@@ -171,6 +171,36 @@ def test_the_subset_is_as_large_as_the_held_out_split_fixed_and_of_training_imag
     assert len(train_subset(lock(trained=3), seed=1)) == 3
     more = DatasetLock((*many.images, replace(many.images[-1], id="f" * 64)), {}, {})
     assert len(set(train_subset(more, seed=1)) & set(chosen)) >= 6  # an image more hardly changes it
+
+
+def test_an_evaluation_costs_the_same_however_many_images_are_held_out():
+    """FineTune's default between two evaluations is 250 steps of 16 images, three forward passes each with backward."""
+    passes = []
+
+    def counting(batch):
+        passes.append(len(batch.times))
+        return loss(batch)
+
+    many = lock(300, trained=300)
+    beside = train_subset(many, seed=1)
+    found = validate(
+        many, FakeCache(), counting, objective=OBJECTIVE, seed=1, batch_size=4, device="cpu", beside=beside
+    )
+    assert (found.images, found.trained.images) == (MEASURED, MEASURED)
+    assert sum(passes) <= 0.03 * 250 * 16 * 3
+    assert (gap(many, most=20).images, gap(many, beside=train_subset(many, seed=1, most=20)).trained.images) == (20, 20)
+
+
+def test_what_is_measured_is_a_function_of_the_contents():
+    many = lock(300)
+    chosen = measured(many, most=16)
+    assert {many.images[i].id for i in chosen} == {f"{i:064x}" for i in range(16)}  # the first by content hash
+    backwards = lock(300, reverse=True)
+    assert {backwards.images[i].id for i in measured(backwards, most=16)} == {many.images[i].id for i in chosen}
+    assert measured(lock(7), most=16) == tuple(range(7))
+    assert set(measured(many, most=8)) < set(chosen)
+    few = DatasetLock(tuple(many.images[i] for i in chosen), {}, {})
+    assert result(many).by_bin == result(few).by_bin
 
 
 def test_class_images_are_no_training_images_of_ones_own():
