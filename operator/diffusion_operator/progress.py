@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
@@ -87,7 +87,14 @@ class ProgressPoller:
     def heard(self, uid: str, *, attempt: int) -> Heard:
         """Return the last answer of that attempt."""
         known = self._followed.get(uid)
-        return known.heard if known is not None and known.attempt == attempt else Heard()
+        if known is None or known.attempt != attempt:
+            return Heard()
+        cut_off = known.heard.silent_since is not None and self._few_answer()
+        return replace(known.heard, others_silent=True) if cut_off else known.heard
+
+    def _few_answer(self) -> bool:
+        silent = sum(followed.heard.silent_since is not None for followed in self._followed.values())
+        return silent > 1 and 2 * silent > len(self._followed)
 
     async def close(self) -> None:
         """End all questions."""

@@ -293,6 +293,8 @@ class Heard:
     """Since when it has not answered; None where it does."""
     error: str = ""
     """Why it could not be heard."""
+    others_silent: bool = False
+    """Whether most of the trainers that are asked do not answer either: then it is the way to them that fails."""
 
 
 @dataclass(frozen=True, kw_only=True)

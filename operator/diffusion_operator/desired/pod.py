@@ -174,7 +174,7 @@ def _container(spec: JobSpec, profile: ProfileSpec, *, image: str) -> Object:
             "capabilities": {"drop": ["ALL"]},
         },
         "terminationMessagePath": names.TERMINATION_LOG,
-        "terminationMessagePolicy": "File",
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
 

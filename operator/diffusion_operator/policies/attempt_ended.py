@@ -12,10 +12,10 @@ from diffusion_operator import timestamps
 from diffusion_operator.policies.accounting import close_account
 from diffusion_operator.policies.attempt_starts import is_starting, open_next
 from diffusion_operator.policies.choices import retuned, without_earlier_waits
-from diffusion_operator.policies.evidence import Ending, ending_of
+from diffusion_operator.policies.evidence import Ending, ending_of, is_unknown
 from diffusion_operator.policies.faulty_nodes import exclude
 from diffusion_operator.policies.leftovers import leftovers
-from diffusion_operator.policies.run_policy import Verdict, describe_wait, judge
+from diffusion_operator.policies.run_policy import Verdict, describe_wait, jittered, judge
 from diffusion_operator.policies.validation import accepted
 from diffusion_operator.state import Case, Decision, SeenPod
 from diffusion_operator.status import count, edit_attempt, set_condition, short, take_report
@@ -81,6 +81,7 @@ def close(case: Case, *, stopped_for: Ending | None = None) -> tuple[JobStatus, 
         if report is not None:
             status = take_report(status, report)
     verdict = judge(status, case.spec, ending)
+    verdict = replace(verdict, wait_seconds=jittered(verdict.wait_seconds, key=f"{case.job.uid}/{attempt.number}"))
     status = close_account(case, status, completed=verdict.action == Action.SUCCEED)
     status = edit_attempt(
         status,
@@ -88,7 +89,7 @@ def close(case: Case, *, stopped_for: Ending | None = None) -> tuple[JobStatus, 
         cause=str(verdict.cause),
         exit_code=ending.exit_code,
         message=short(verdict.message),
-        last_lines=ending.word.last_lines[-MAX_LAST_LINES:] if ending.word else "",
+        last_lines=(ending.word.last_lines if ending.word else _left_behind(pods))[-MAX_LAST_LINES:],
         log=next((pod.last_word.log for pod in pods if pod.last_word and pod.last_word.log), None),
         nodes=nodes_of(pods) or attempt.nodes,
     )
@@ -141,6 +142,12 @@ def back_off(case: Case, status: JobStatus, verdict: Verdict) -> JobStatus:
 def nodes_of(pods: tuple[SeenPod, ...]) -> tuple[str, ...]:
     """Return the nodes of pods, in the order of the pods, which is that of the ranks."""
     return tuple(pod.node for pod in pods if pod.node)
+
+
+def _left_behind(pods: tuple[SeenPod, ...]) -> str:
+    """Return the end of the log of a container that ended without a last word, as the kubelet keeps it."""
+    silent = (pod for pod in pods if pod.terminated.get("exitCode") and pod.last_word is None and not is_unknown(pod))
+    return next((str(pod.terminated["message"]) for pod in silent if pod.terminated.get("message")), "")
 
 
 def _word(case: Case) -> LastWord | None:

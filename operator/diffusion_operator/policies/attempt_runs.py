@@ -121,7 +121,8 @@ def _progresses(case: Case, status: JobStatus, pod: SeenPod) -> Decision:
     value: Value = "True"
     reason, said = phase, "the trainer reports progress"
     if heard.silent_since is not None and case.now - heard.silent_since >= SILENCE:
-        # Told, never acted upon: the trainer watches itself, and what it writes does not pass through here.
+        # Told, and acted upon much later only (`stall`): the trainer watches itself, and what it writes does not pass
+        # through here.
         value, reason, said = "Unknown", "ProgressUnreachable", f"progress cannot be read: {heard.error}"
         message = f"{message}; {said}"
     status = status.model_copy(update={"phase": phase, "message": short(message)})

@@ -162,14 +162,14 @@ def _out_of_memory(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
 
 def _rejected(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
     """The node refused the pod: it has failed and its container never was."""
-    if pod.terminated and not (pod.reason and _is_unknown(pod)):
+    if pod.terminated and not (pod.reason and is_unknown(pod)):
         return None
     return Cause.ADMISSION_REJECTED, f"{pod.reason}: {pod.message}" if pod.reason else pod.message
 
 
 def _lost_track(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
     """The node was restarted under the container: the exit code is made up."""
-    return (Cause.NODE_LOST, str(pod.terminated.get("message", ""))) if _is_unknown(pod) else None
+    return (Cause.NODE_LOST, str(pod.terminated.get("message", ""))) if is_unknown(pod) else None
 
 
 def _said_or_exited(pod: SeenPod, _now: datetime) -> tuple[Cause, str] | None:
@@ -201,7 +201,8 @@ CLUES: tuple[Clue, ...] = (
 _OF_THE_TRAINER = (_fenced, _completed, _said_or_exited)
 
 
-def _is_unknown(pod: SeenPod) -> bool:
+def is_unknown(pod: SeenPod) -> bool:
+    """Return whether the node lost track of the container, and made its end up."""
     return pod.terminated.get("reason") in UNKNOWN_END
 
 

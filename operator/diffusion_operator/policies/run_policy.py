@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -24,6 +25,7 @@ from diffusion_operator.status import count, duration
 
 FIRST_BACKOFF_SECONDS = 10
 LONGEST_BACKOFF_SECONDS = 300
+JITTER = 0.5
 EXHAUSTED = "BackoffLimitExceeded"
 STREAKS = ("infrastructure", "failures_since_checkpoint")
 """Counters that a new checkpoint sets back."""
@@ -124,6 +126,15 @@ def _tried_micro_batch(status: JobStatus, spec: JobSpec, ending: Ending) -> int:
 def backoff_seconds(times: int) -> float:
     """Return the pause after that many failures in a row: 10 s, doubled each time, at most 5 minutes."""
     return float(min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** min(times - 1, 10)))
+
+
+def jittered(seconds: float, *, key: str) -> float:
+    """Return a pause up to half as long again, in whole seconds, by the hash of the key.
+
+    What fails many jobs at once must not have them all come back in one moment.
+    """
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+    return float(round(seconds * (1 + JITTER * share)))
 
 
 def saved_something(status: JobStatus) -> bool:

@@ -29,8 +29,9 @@ def _hung(case: Case) -> Ending | None:
     heard = case.seen.heard
     still, what = 0.0, ""
     if heard.silent_since is not None:
-        # One that never answered may just be out of the operator's reach: nothing is known of it.
-        spoke = heard.report is not None or attempt.reached_step is not None
+        # One that never answered may just be out of the operator's reach: nothing is known of it. And where most do not
+        # answer, the operator is the one that is cut off.
+        spoke = (heard.report is not None or attempt.reached_step is not None) and not heard.others_silent
         still = (case.now - heard.silent_since).total_seconds() if spoke else 0.0
         what = f"the trainer does not answer any more ({heard.error})"
     elif heard.report is not None and heard.report.idle_seconds is not None:

@@ -274,17 +274,24 @@ class TestEnd:
         job, _ = running(make_job(runPolicy={"backoffLimit": 0}))
         decision = ask(job, ended(job, terminated(code, message=last_word(code))))
         assert decision.status is not None
-        assert (decision.status.phase, decision.status.next_attempt_at) == ("Interrupted", at(10))
+        assert (decision.status.phase, decision.status.next_attempt_at) == ("Interrupted", at(11))
         assert (decision.status.counters.failures, decision.status.counters.infrastructure) == (0, 1)
-        assert (decision.create, decision.again_seconds) == ((), 10)
+        assert (decision.create, decision.again_seconds) == ((), 11)  # 10 s, and a little by chance
+
+    def test_of_an_end_without_a_last_word_the_end_of_the_log_is_kept(self) -> None:
+        job, _ = running()
+        log = "Fatal Python error: Segmentation fault\n  File train.py, line 7"
+        decision = ask(job, ended(job, terminated(139, message=log)))
+        assert decision.status is not None
+        assert (decision.status.attempts[0].cause, decision.status.attempts[0].last_lines) == ("Crash", log)
 
     def test_the_backoff_is_kept_in_the_status(self) -> None:
         job, _ = running()
         pod = ended(job, terminated(1))
         job = after(job, ask(job, pod))
         early = ask(job, pod, seconds=4)
-        assert (early.rule, early.create, early.again_seconds) == ("backoff", (), 6)
-        late = ask(job, pod, seconds=10)
+        assert (early.rule, early.create, early.again_seconds) == ("backoff", (), 7)
+        late = ask(job, pod, seconds=11)
         assert late.rule == "attemptStarts"
         assert late.status is not None
         assert (late.status.attempt, late.status.next_attempt_at) == (2, None)

@@ -31,7 +31,7 @@ def test_a_broken_gpu_is_avoided_for_a_day_and_no_longer() -> None:
     job, _ = running()
     job = after(job, ask(job, ended(job, FAULT)))
     assert excluded(job) == [("n1", at(24 * HOUR), "GPUFault")]
-    (manifest,) = ask(job, seconds=10).create
+    (manifest,) = ask(job, seconds=11).create
     assert avoids(manifest) == ["n1"]
     (manifest,) = ask(job, seconds=24 * HOUR - 1).create
     assert avoids(manifest) == ["n1"]

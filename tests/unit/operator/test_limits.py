@@ -89,7 +89,7 @@ class TestActiveDeadline:
     def test_it_strikes_during_a_backoff_and_before_any_pod_too(self) -> None:
         job, _ = running(make_job(runPolicy={"activeDeadlineSeconds": 600}))
         job = after(job, ask(job, ended(job, terminated(1)), seconds=595))
-        assert job["status"]["nextAttemptAt"] == at(605)
+        assert job["status"]["nextAttemptAt"] == at(606)
         waits = ask(job, seconds=596)
         assert (waits.rule, waits.again_seconds) == ("backoff", 4)
         assert condition(ask(job, seconds=600), "Failed") == ("True", "DeadlineExceeded")
@@ -246,6 +246,10 @@ class TestStall:
         job, pod = running(self.job)
         assert ask(job, pod, heard=Heard(silent_since=NOW, error="refused"), seconds=100_000).rule == "attemptRuns"
 
+    def test_where_most_do_not_answer_the_operator_blames_itself(self) -> None:
+        heard = Heard(report=make_report(900), silent_since=NOW, error="timed out", others_silent=True)
+        assert self.hears(heard, seconds=100_000).rule == "attemptRuns"
+
     def test_a_trainer_that_does_not_say_is_left_alone(self) -> None:
         assert self.hears(Heard(report=make_report(900)), seconds=100_000).rule == "attemptRuns"
 
@@ -258,7 +262,7 @@ class TestStall:
         status = decision.status
         assert status is not None
         assert (status.attempts[0].cause, status.attempts[0].exit_code) == ("Hang", 137)
-        assert (status.phase, status.next_attempt_at) == ("Interrupted", at(131))
+        assert (status.phase, status.next_attempt_at) == ("Interrupted", at(132))
         assert (status.counters.infrastructure, status.counters.failures, status.counters.preemptions) == (1, 0, 0)
         assert "its watchdog has not ended it" in status.attempts[0].message
 

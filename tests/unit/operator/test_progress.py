@@ -104,6 +104,22 @@ async def test_the_last_report_outlives_silence() -> None:
     assert found.silent_since == NOW
 
 
+async def test_it_is_known_when_most_are_silent() -> None:
+    poller = ProgressPoller(seconds=60, clock=lambda: NOW, news=lambda _uid: None)
+    silent, speaks = Heard(silent_since=NOW, error="refused"), Heard(report=make_report(900))
+    for uid, heard in {"a": silent, "b": silent, "c": speaks, "d": speaks}.items():
+        poller.follow(uid, address="127.0.0.1", attempt=1)
+        poller._followed[uid].heard = heard
+    assert poller.heard("a", attempt=1) == silent, "half of them are heard"
+    poller.forget("d")
+    assert poller.heard("a", attempt=1).others_silent
+    assert poller.heard("c", attempt=1) == speaks
+    poller.forget("b")
+    poller.forget("c")
+    assert poller.heard("a", attempt=1) == silent, "one alone may hang"
+    await poller.close()
+
+
 async def test_another_attempt_is_not_heard() -> None:
     poller = ProgressPoller(seconds=60, clock=lambda: NOW, news=lambda _uid: None)
     poller.follow("job", address="127.0.0.1", attempt=2)

@@ -9,7 +9,7 @@ from diffusion_api.outcomes import INFRASTRUCTURE_BUDGET, RETUNE_BUDGET, Action,
 from diffusion_api.run import LastWord
 from diffusion_api.status import Attempt, CheckpointStatus, Counters, JobStatus
 from diffusion_operator.policies.evidence import Ending
-from diffusion_operator.policies.run_policy import Verdict, backoff_seconds, judge
+from diffusion_operator.policies.run_policy import Verdict, backoff_seconds, jittered, judge
 from diffusion_operator.state import Job
 from diffusion_operator.status import count
 from testkit.builders import at, make_checkpoint, make_job
@@ -201,3 +201,15 @@ def test_preemptions_are_counted_and_free() -> None:
     spent = status(counters=Counters(preemptions=1000, failures=3))
     verdict = judge(spent, spec(), ending(Cause.PREEMPTED))
     assert (verdict.action, verdict.counted, verdict.wait_seconds) == (Action.RESUME, {"preemptions": 1}, 0)
+
+
+class TestJitter:
+    def test_it_is_a_function_of_the_attempt(self) -> None:
+        assert jittered(10, key="a/1") == jittered(10, key="a/1")
+        assert jittered(0, key="a/1") == 0
+
+    def test_a_thousand_jobs_that_failed_together_do_not_come_back_together(self) -> None:
+        waits = [jittered(300, key=f"{number}/1") for number in range(1000)]
+        assert 300 <= min(waits) < 305
+        assert 445 < max(waits) <= 450
+        assert max(waits.count(second) for second in set(waits)) < 30, "about 7 in any second"
