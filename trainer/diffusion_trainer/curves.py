@@ -37,8 +37,8 @@ class Point:
 class Evaluation:
     """The loss on the held-out images after `step`, overall and by range of timesteps (low noise first).
 
-    `train_loss` is the same measure on as many training images, `advantage` what `overfitting.advantage` makes of the
-    losses of the single images; None where there are too few for it.
+    `train_loss` is the same measure on as many training images; `advantage` and `chance` are what `overfitting` makes
+    of the losses of the single images. None where there are no training images.
     """
 
     step: int
@@ -46,6 +46,7 @@ class Evaluation:
     by_bin: tuple[float, ...] = ()
     train_loss: float | None = None
     advantage: float | None = None
+    chance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,9 @@ class Curves:
         """Return the evaluations in JSON's types."""
         return {
             "evaluated": self.evaluated,
-            "evaluations": [[e.step, e.loss, list(e.by_bin), e.train_loss, e.advantage] for e in self.evaluations],
+            "evaluations": [
+                [e.step, e.loss, list(e.by_bin), e.train_loss, e.advantage, e.chance] for e in self.evaluations
+            ],
             "scores": [[one.step, one.clip_score, one.kid] for one in self.scores],
         }
 

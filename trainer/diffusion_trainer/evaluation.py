@@ -154,6 +154,6 @@ def _evaluation(step: int, result: ValidationResult) -> Evaluation:
     trained = result.trained
     if trained is None:
         return Evaluation(step, result.loss, result.by_bin)
-    enough = min(len(result.of_images), len(trained.of_images)) >= overfitting.LEAST_IMAGES
-    advantage = overfitting.advantage(result.of_images, trained.of_images) if enough else None
-    return Evaluation(step, result.loss, result.by_bin, trained.loss, advantage)
+    advantage = overfitting.advantage(result.of_images, trained.of_images)
+    chance = overfitting.chance(advantage, images=min(result.images, trained.images))
+    return Evaluation(step, result.loss, result.by_bin, trained.loss, advantage, chance)

@@ -254,12 +254,14 @@ def test_curves_survive_a_checkpoint_exactly():
     curves = _curves()
     curves.settle()
     curves.evaluate(3, Evaluation(3, 5.0))
-    curves.evaluate(3, Evaluation(3, 0.1 + 0.2, (0.1, 0.7), 0.3, 0.25))  # done again after a stop
+    curves.evaluate(3, Evaluation(3, 0.1 + 0.2, (0.1, 0.7), 0.3, 0.25, 1e-3))  # done again after a stop
     assert (len(curves.evaluations), curves.evaluated) == (1, 3)
     curves.evaluated = 3
     again = Curves.restored(curves.tensors(), json.loads(json.dumps(curves.scalars())))
     assert again == curves
     assert Curves.restored(Curves().tensors(), Curves().scalars()) == Curves()
+    older = curves.scalars() | {"evaluations": [[3, 0.1, [0.1, 0.7], 0.3, 0.25]]}  # written before there was a chance
+    assert Curves.restored(curves.tensors(), older).evaluations == [Evaluation(3, 0.1, (0.1, 0.7), 0.3, 0.25)]
 
 
 def test_metrics_jsonl_is_one_line_per_step():
