@@ -52,7 +52,7 @@ class Cache:
         known = self._items.get(uid)
         if known is not None and version_of(known) >= version_of(item):
             return False
-        self._items[uid] = item
+        self._items[uid] = _without_managers(item)
         return True
 
     def remove(self, item: Object) -> bool:
@@ -134,6 +134,16 @@ def _as_first_asked(known: Object | None, item: Object) -> Object:
         return item
     kept = {key: old[key] for key in ("deletionTimestamp", "deletionGracePeriodSeconds")}
     return {**item, "metadata": {**new, **kept}}
+
+
+def _without_managers(item: Object) -> Object:
+    """Return the object without `managedFields`: nobody here reads them, and they take as much memory as the rest.
+
+    A write without them changes nothing about them.
+    """
+    if "managedFields" not in item["metadata"]:
+        return item
+    return {**item, "metadata": {key: value for key, value in item["metadata"].items() if key != "managedFields"}}
 
 
 def owner_uid(item: Object) -> str:

@@ -169,3 +169,12 @@ def test_of_a_deletion_the_request_is_remembered_and_not_the_removal() -> None:
     assert seen.gone
     kept = {key: seen.raw["metadata"][key] for key in deleting()}
     assert kept == deleting(asked=-30, grace=30)
+
+
+def test_managed_fields_are_not_kept_and_not_taken_from_their_owner() -> None:
+    job = make_job(metadata={"managedFields": [{"manager": "kubectl"}]})
+    cache = Cache()
+    assert cache.put(job)
+    (kept,) = cache
+    assert kept["metadata"] == {key: value for key, value in job["metadata"].items() if key != "managedFields"}
+    assert job["metadata"]["managedFields"]
