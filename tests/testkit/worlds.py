@@ -59,8 +59,9 @@ class PreflightWorld(World):
             return
         counters = self.status.get("counters", {})
         judged = sum(counters.get(name, 0) for name in ("preemptions", "infrastructure", "failures"))
-        assert judged <= len({name for name in self.cluster.created if attempt_of(name) == 0})
-        assert counters.get("failures", 0) <= self.crashes
+        tried = {name for name in self.cluster.created if attempt_of(name) == 0}
+        assert judged <= len(tried), "a pod of the preflight was judged twice"
+        assert counters.get("failures", 0) <= self.crashes, "charged to a preflight that did not crash"
 
     @invariant()
     def no_attempt_before_the_preflight_has_passed(self) -> None:
@@ -72,7 +73,8 @@ class PreflightWorld(World):
     @invariant()
     def no_preflight_after_it(self) -> None:
         first = next((i for i, name in enumerate(self.cluster.created) if attempt_of(name)), None)
-        assert first is None or all(attempt_of(name) for name in self.cluster.created[first:])
+        tidy = first is None or all(attempt_of(name) for name in self.cluster.created[first:])
+        assert tidy, "a preflight after an attempt"
 
 
 class LimitedWorld(World):
@@ -120,13 +122,13 @@ class LimitedWorld(World):
             assert self.final is not None, "deleted before it was done"
             ends = [item for item in self.final["conditions"] if item["type"] in {"Complete", "Failed"}]
             ttl = timedelta(seconds=self.policy["ttlSecondsAfterFinished"])
-            assert self.now >= timestamps.from_text(ends[0]["lastTransitionTime"]) + ttl
+            assert self.now >= timestamps.from_text(ends[0]["lastTransitionTime"]) + ttl, "deleted before its time"
 
     @invariant()
     def nothing_is_made_anew_after_the_end(self) -> None:
         if self.final is not None:
             self.created_at_the_end = self.created_at_the_end or len(self.cluster.created)
-            assert len(self.cluster.created) == self.created_at_the_end
+            assert len(self.cluster.created) == self.created_at_the_end, "made anew after the end"
 
     @invariant()
     def what_the_operator_stopped_was_not_preempted(self) -> None:
@@ -135,8 +137,11 @@ class LimitedWorld(World):
         attempts = self.status.get("attempts", [])
         if attempts and not attempts[0].get("endedAt") and said and said[0] in reasons:
             self.told = (attempts[0]["number"], said[0])
-        if self.told and attempts and attempts[0]["number"] == self.told[0] and attempts[0].get("endedAt"):
-            assert attempts[0]["cause"] not in {"Preempted", "NodeLost", "Crash"}
+        for attempt in attempts:
+            if self.told is None or attempt["number"] != self.told[0] or not attempt.get("endedAt"):
+                continue
+            cause = attempt["cause"]
+            assert cause not in {"Preempted", "NodeLost", "Crash"}, f"stopped by the operator, and said to be {cause}"
 
     def teardown(self) -> None:
         """Let the trouble end: however it was left, the job comes to its end and goes."""

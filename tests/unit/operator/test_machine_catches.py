@@ -13,13 +13,14 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from diffusion_api.outcomes import OF_CAUSE, Action, Cause
 from diffusion_operator import decide as deciding
-from diffusion_operator.desired import pod
+from diffusion_operator.desired import pod, pod_group
 from diffusion_operator.knowledge import Knowledge
-from diffusion_operator.policies import attempt_ended, attempt_runs, attempt_starts, evidence
+from diffusion_operator.policies import attempt_ended, attempt_runs, attempt_starts, evidence, preflight, stopping, ttl
 from diffusion_operator.policies.finished import stays_finished
 from diffusion_operator.policies.limits import limit_is_reached
 from diffusion_operator.policies.preflight import preflight_first
 from diffusion_operator.policies.run_policy import backs_off
+from diffusion_operator.policies.ttl import has_outlived_itself
 from diffusion_operator.state import Case, SeenPod
 from testkit.world import LOST, World
 from testkit.worlds import ChoicesWorld, DeletionWorld, LimitedWorld, PreflightWorld, QueuedWorld
@@ -115,6 +116,39 @@ class Bugs:
             return replace(verdict, counted={"preemptions": 1}) if verdict.cause == Cause.NO_CAPACITY else verdict
 
         self.plant.setattr(attempt_ended, "judge", counting)
+
+    def preflights_are_judged_twice(self) -> None:
+        """Their number does not change with what was counted, so that the same pod is looked at again."""
+        self.plant.setattr(preflight, "tries", lambda _status: 0)
+
+    def preflights_are_repeated(self) -> None:
+        def again(case: Case) -> Any:
+            found = backs_off(case)
+            one_more = preflight.preflight.build(case.job, case.spec, case.profile, number=7, trainer_image="t")
+            return found and replace(found, create=(one_more,))
+
+        self._policies(backs_off, again)
+
+    def finished_jobs_go_at_once(self) -> None:
+        self.plant.setattr(ttl, "_ttl", lambda _case: 0)
+
+    def pods_are_made_after_the_end(self) -> None:
+        def anew(case: Case) -> Any:
+            found = has_outlived_itself(case)
+            return found and replace(found, create=attempt_starts.pods(case, case.status))
+
+        self._policies(has_outlived_itself, anew)
+
+    def why_it_was_stopped_is_forgotten(self) -> None:
+        close = stopping.close
+        self.plant.setattr(stopping, "close", lambda case, **_more: close(case))
+
+    def each_pod_has_its_own_group(self) -> None:
+        def alone(pods: Any, labels: Any, *, workload: str) -> Any:
+            named = ((made, f"{workload}-{made['metadata']['name']}") for made in pods)
+            return tuple(pod_group._joined(made, labels, workload=name, total=len(pods)) for made, name in named)
+
+        self.plant.setattr(pod_group, "join", alone)
 
 
 Story = Callable[[World], None]
@@ -219,6 +253,53 @@ def a_queued_job_fails(world: World) -> None:
     followed(world)
 
 
+def preflight_ends(how: str) -> Story:
+    def story(world: World) -> None:
+        started_preflight(world)
+        world.end("cats-preflight", how)
+        followed(world)
+        world.time_passes(seconds=400)
+        followed(world)
+
+    return story
+
+
+def started_preflight(world: World) -> None:
+    for _ in range(2):
+        world.look()
+        world.everything_is_read_again()
+        for name in world.pods("Pending"):
+            world.run(name, "n1")
+        world.everything_is_read_again()
+        check(world)
+
+
+def preflight_passes(world: World) -> None:
+    started_preflight(world)
+    world.end("cats-preflight", "done")
+    followed(world)
+    started(world)
+    world.end(FIRST, "crash")
+    followed(world)
+
+
+def it_is_over(world: World) -> None:
+    started(world)
+    world.end(FIRST, "done")
+    followed(world)
+    world.excused.add(FIRST)  # another promise is that no name is used twice
+    world.vanish(FIRST, seen=True)
+    followed(world)
+
+
+def it_waits_too_long(world: World) -> None:
+    followed(world)
+    assert isinstance(world, LimitedWorld)
+    world.it_is_long_after(seconds=700)
+    followed(world)
+    followed(world)
+
+
 FOUND: list[tuple[Callable[[Bugs], None], type[World], Story, str]] = [
     (Bugs.running_pods_are_taken_for_dead, World, time_goes_by, "two attempts at once"),
     (Bugs.numbers_are_used_again, World, ends("yielded"), "a number was used twice"),
@@ -236,9 +317,16 @@ FOUND: list[tuple[Callable[[Bugs], None], type[World], Story, str]] = [
     (Bugs.every_wait_is_kept, ChoicesWorld, no_room, "push out what the job has been through"),
     (Bugs.moves_are_counted, ChoicesWorld, no_room, "counts as a preemption"),
     (Bugs.places_are_never_given_back, QueuedWorld, a_queued_job_fails, "quota is held for ever"),
+    (Bugs.preemption_uses_up_the_budget, PreflightWorld, preflight_ends("yielded"), "did not crash"),
+    (Bugs.preflights_are_judged_twice, PreflightWorld, preflight_ends("storage"), "judged twice"),
+    (Bugs.preflights_are_repeated, PreflightWorld, preflight_passes, "a preflight after an attempt"),
+    (Bugs.finished_jobs_go_at_once, LimitedWorld, it_is_over, "deleted before its time"),
+    (Bugs.pods_are_made_after_the_end, LimitedWorld, it_is_over, "made anew after the end"),
+    (Bugs.why_it_was_stopped_is_forgotten, LimitedWorld, it_waits_too_long, "stopped by the operator"),
+    (Bugs.each_pod_has_its_own_group, QueuedWorld, a_queued_job_fails, "in several groups"),
     (Bugs.preflights_are_left_out, PreflightWorld, started, "before its preflight had passed"),
 ]
-NAMES = [bug.__name__ for bug, *_ in FOUND]
+NAMES = [f"{bug.__name__}-{world.__name__}" for bug, world, *_ in FOUND]
 
 
 @pytest.mark.parametrize(("bug", "world", "story", "promise"), FOUND, ids=NAMES)
