@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from diffusion_api import names
 from diffusion_api.status import JobStatus
 from diffusion_operator import timestamps
 from diffusion_operator.state import Job, Object
@@ -161,8 +162,29 @@ def _status(job: Object) -> Object:
 def _info(job: Object) -> Samples:
     spec = job.get("spec") or {}
     queue = (job["metadata"].get("labels") or {}).get(QUEUE_LABEL, "")
-    profile = (spec.get("resources") or {}).get("profile", "")
-    yield (spec.get("method", ""), (spec.get("model") or {}).get("family", ""), profile, queue), 1
+    asked = (spec.get("model") or {}).get("family") or "Auto"
+    family = _status(job).get("architecture") or asked if asked == "Auto" else asked
+    yield (spec.get("method", ""), family, _profile(job), queue), 1
+
+
+def _profile(job: Object) -> str:
+    """Return the profile in use: the first that the job asks for, until it was placed elsewhere."""
+    asked = ((job.get("spec") or {}).get("resources") or {}).get("profile", "")
+    return str((_status(job).get("placement") or {}).get("profile", asked))
+
+
+def _gpus(job: Object) -> Samples:
+    for labels, number in _number("gpus")(job):
+        yield (*labels, _profile(job)), number
+
+
+def _pods(job: Object) -> Samples:
+    wanted = ((job.get("spec") or {}).get("resources") or {}).get("nodes", 1)
+    for attempt in (_status(job).get("attempts") or ())[:1]:
+        nodes = attempt.get("nodes") or ()
+        if not attempt.get("endedAt") and len(nodes) == wanted:  # in the order of the ranks once all have one
+            for rank, node in enumerate(nodes):
+                yield (names.pod_name(job["metadata"]["name"], attempt["number"], rank), str(rank), node), 1
 
 
 def _time(*path: str) -> Callable[[Object], Samples]:
@@ -220,7 +242,13 @@ PER_JOB = (
         lambda job: [((_status(job).get("phase", "Pending"),), 1)],
         labels=("phase",),
     ),
-    PerJob("diffusion_job_gpus", "GPUs that the job asks for.", _number("gpus")),
+    PerJob("diffusion_job_gpus", "GPUs that the job asks for.", _gpus, labels=("profile",)),
+    PerJob(
+        "diffusion_job_pod_info",
+        "Pods of the running attempt, to join with metrics of pods and GPUs; always 1.",
+        _pods,
+        labels=("pod", "rank", "node"),
+    ),
     PerJob(
         "diffusion_job_created_timestamp_seconds",
         "Time of the job's creation.",

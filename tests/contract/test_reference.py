@@ -4,9 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+
 from diffusion_api import names, status
 from diffusion_api.outcomes import OUTCOMES, Action, Cause
 from diffusion_operator.desired.event import REASONS
+from diffusion_operator.metrics import LABELS, PER_JOB
 from diffusion_operator.metrics import Metrics as OperatorMetrics
 from diffusion_operator.node_state import DEPARTURES, GIVEN_UP, UNREACHABLE
 from diffusion_operator.policies.resources import TOO_LITTLE_MEMORY
@@ -53,6 +56,27 @@ def test_metrics():
     operator = OperatorMetrics(version="0", jobs=list, depth=lambda: 0)
     assert first_column("Metrics of the operator") == exposed(operator.registry)
     assert first_column("Metrics of the trainer") == exposed(TrainerMetrics().registry)
+
+
+def described(registry):
+    """Return type and labels of each metric, by its name."""
+    found = {}
+    for one in set(registry._names_to_collectors.values()):
+        if hasattr(one, "_labelnames"):
+            found[one._name + ("_total" if one._type == "counter" else "")] = (one._type, ", ".join(one._labelnames))
+    return found
+
+
+@pytest.mark.parametrize("page", ["Metrics of the operator", "Metrics of the trainer"])
+def test_types_and_labels_of_metrics(page):
+    if page == "Metrics of the trainer":
+        wanted = described(TrainerMetrics().registry)
+    else:
+        wanted = described(OperatorMetrics(version="0", jobs=list, depth=lambda: 0).registry)
+        wanted |= {one.name: ("gauge", ", ".join((*LABELS, *one.labels))) for one in PER_JOB}
+        wanted["diffusion_operator_jobs"] = ("gauge", "namespace, phase")
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| ([^|]*) \|", section(page), flags=re.MULTILINE)
+    assert {name: (kind, labels.strip()) for name, kind, labels in rows} == wanted
 
 
 def test_what_nodes_say():

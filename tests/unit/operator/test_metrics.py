@@ -56,7 +56,7 @@ def text(jobs: list[Object]) -> str:
         'diffusion_job_start_timestamp_seconds{name="cats",namespace="team-a"} 1.767323045e+09',
         'diffusion_job_created_timestamp_seconds{name="cats",namespace="team-a"} 1.767323035e+09',
         'diffusion_job_info{family="SD1",method="LoRA",name="cats",namespace="team-a",profile="a100",queue="gold"} 1.0',
-        'diffusion_job_gpus{name="cats",namespace="team-a"} 4.0',
+        'diffusion_job_gpus{name="cats",namespace="team-a",profile="a100"} 4.0',
         'diffusion_job_gpu_seconds{name="cats",namespace="team-a"} 360.5',
         'diffusion_job_lost_gpu_seconds{name="cats",namespace="team-a"} 12.5',
         'diffusion_job_goodput_ratio{name="cats",namespace="team-a"} 0.9',
@@ -114,3 +114,17 @@ def test_what_a_written_status_says_is_counted_once() -> None:
     assert 'diffusion_operator_job_duration_seconds_sum{result="Complete"} 3700.0' in lines
     assert 'diffusion_operator_job_duration_seconds_count{result="Complete"} 1.0' in lines
     assert 'diffusion_operator_attempts_ended_total{cause="Completed"} 1.0' in lines
+
+
+def test_pods_of_the_running_attempt_can_be_joined_with_their_gpus() -> None:
+    attempt = {"number": 3, "startedAt": at(), "nodes": ["n7", "n4"]}
+    placement = {"profile": "rtx-4090", "capacity": "Spot", "since": at(), "waitsSince": at(), "reason": "NoCapacity"}
+    status = {"attempts": [attempt], "gpus": 2, "placement": placement, "architecture": "SDXL"}
+    lines = text([make_job(status=status, resources={"nodes": 2})]).splitlines()
+    for rank, node in enumerate(attempt["nodes"]):
+        series = f'name="cats",namespace="team-a",node="{node}",pod="cats-3-{rank}",rank="{rank}"'
+        assert f"diffusion_job_pod_info{{{series}}} 1.0" in lines
+    assert 'diffusion_job_gpus{name="cats",namespace="team-a",profile="rtx-4090"} 2.0' in lines
+    assert any('family="SDXL"' in line and 'profile="rtx-4090"' in line for line in lines)
+    over = {"attempts": [attempt | {"endedAt": at(9), "cause": "Preempted"}]}
+    assert "diffusion_job_pod_info{" not in text([make_job(status=over)])
