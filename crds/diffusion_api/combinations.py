@@ -56,6 +56,7 @@ _T5 = "its T5 would have to learn the word, too, and no program loads such a fil
 _NOISY = ("Epsilon", "VPrediction", "Sample")
 _FLOW = "family SD3 is a flow and stays one: use Auto"
 _NO_FLOW = "only family SD3 is a flow: use Auto"
+_ENDS_IN_NOISE = "family SD3 is a flow, which ends in nothing but noise as it is: leave it out"
 _NO_SHIFT = "only family SD3, which is a flow, has a shift: leave it out"
 _TEXTLESS = "family UNet2D has no text encoder: leave it out"
 _PIXELS = "family UNet2D works on pixels and has no VAE: leave it out"
@@ -97,6 +98,8 @@ def _objectives(family: Family, objective: Objective) -> Iterator[tuple[str, obj
         yield "training.objective.predictionType", predicted, _NO_FLOW
     if family != "SD3" and objective.shift is not None:
         yield "training.objective.shift", objective.shift, _NO_SHIFT
+    if family == "SD3" and objective.zero_terminal_snr:
+        yield "training.objective.zeroTerminalSNR", True, _ENDS_IN_NOISE
 
 
 def unwritable(method: Method, kind: Kind, formats: Iterable[Format]) -> Iterator[tuple[Format, str]]:
@@ -147,6 +150,10 @@ def _objective_rules(known: str) -> Iterator[Cel]:
     yield Cel(f"{known}self.model.family != 'SD3' || !({predicted} in {list(_NOISY)})", f"{at}: {_FLOW}")
     yield Cel(f"{known}self.model.family == 'SD3' || !({predicted} == 'Flow')", f"{at}: {_NO_FLOW}")
     yield Cel(f"{known}self.model.family == 'SD3' || !({there}.shift))", f"training.objective.shift: {_NO_SHIFT}")
+    yield Cel(
+        f"{known}self.model.family != 'SD3' || !({there}.zeroTerminalSNR) && self.training.objective.zeroTerminalSNR)",
+        f"training.objective.zeroTerminalSNR: {_ENDS_IN_NOISE}",
+    )
 
 
 def format_rules() -> list[Cel]:

@@ -122,8 +122,24 @@ class NonFinite(ApiModel):
     not counted."""
 
 
+_NO_TERMINAL_SNR = (
+    "training.objective.zeroTerminalSNR goes with predictionType VPrediction or Sample, and with no flow: where all is "
+    "noise, predicting it says nothing of the image"
+)
+
+
 class Objective(ApiModel):
     """The loss."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            Cel(
+                "!has(self.zeroTerminalSNR) || !self.zeroTerminalSNR || !has(self.predictionType) || "
+                "!(self.predictionType in ['Epsilon', 'Flow'])",
+                _NO_TERMINAL_SNR,
+            )
+        )
+    )
 
     prediction_type: Literal["Auto", "Epsilon", "VPrediction", "Sample", "Flow"] = "Auto"
     """What the denoiser predicts; Auto reads it from the model's noise scheduler."""
@@ -135,6 +151,15 @@ class Objective(ApiModel):
     """How timesteps are drawn; Auto is Uniform for Epsilon, VPrediction and Sample, LogitNormal for Flow."""
     shift: Annotated[float, Field(gt=0, le=100)] | None = None
     """Timestep shift of Flow models; null is the model's own. Above 1, more of the training is at high noise."""
+    zero_terminal_snr: bool | None = Field(default=None, alias="zeroTerminalSNR")
+    """Rescale the noise schedule so that it ends in nothing but noise (arXiv 2305.08891), for very dark and bright
+    pictures. Left out, the schedule is the model's own, which may do so already. Not for Epsilon and Flow."""
+
+    @model_validator(mode="after")
+    def _ends_in_noise(self) -> Objective:
+        if self.zero_terminal_snr and self.prediction_type in {"Epsilon", "Flow"}:
+            raise ValueError(_NO_TERMINAL_SNR)
+        return self
 
 
 class MethodDefaults(ApiModel):

@@ -37,6 +37,10 @@ def cases():
         ("SD1", "SD3", "Auto"), ({"predictionType": "Flow"}, {"predictionType": "Sample"}, {"shift": 2})
     ):
         yield {"method": "LoRA", "model": {"family": family}, "training": {"objective": fields}}
+    for family, predicted in itertools.product(("SD1", "SD3", "Auto"), ("Auto", "Epsilon", "VPrediction", "Flow")):
+        fields = {"predictionType": predicted, "zeroTerminalSNR": True}
+        yield {"method": "LoRA", "model": {"family": family}, "training": {"objective": fields}}
+    yield {"method": "LoRA", "training": {"objective": {"predictionType": "Epsilon", "zeroTerminalSNR": False}}}
     yield {"method": "Unconditional", "model": {"family": "UNet2D", "vae": "s3://models/vae/"}}
     for method, family in (("Unconditional", "UNet2D"), ("LoRA", "SD3")):
         yield {"method": method, "model": {"family": family, "textEncoder": {"source": "s3://models/sd3/"}}}

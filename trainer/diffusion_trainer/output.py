@@ -130,5 +130,20 @@ def _usage(spec: TrainerSpec) -> str:
         call = repr(prompt if token in prompt else f"a photo of {token}")
     return (
         "from diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{source}")\n{load}image = pipeline({call}).images[0]'
+        f'pipeline = DiffusionPipeline.from_pretrained("{source}")\n{load}{_schedule(spec)}'
+        f"image = pipeline({call}).images[0]"
+    )
+
+
+def _schedule(spec: TrainerSpec) -> str:
+    """Return the lines that give a base model the noise schedule that an adapter or word was trained on."""
+    objective = spec.training.objective
+    if spec.trains == "Weights" or not objective.zero_terminal_snr:
+        return ""
+    predicted = {"VPrediction": "v_prediction", "Sample": "sample"}.get(objective.prediction_type)
+    told = f', prediction_type="{predicted}"' if predicted else ""
+    return (
+        "from diffusers import DDIMScheduler\n\n"
+        "pipeline.scheduler = DDIMScheduler.from_config(\n    pipeline.scheduler.config, rescale_betas_zero_snr=True, "
+        f'timestep_spacing="trailing"{told}\n)\n'
     )

@@ -8,7 +8,14 @@ import torch
 
 from diffusion_trainer.models.loading import load_discrete_process
 from diffusion_trainer.objective import DiscreteObjective
-from diffusion_trainer.objective.discrete import add_noise, sample_losses, snr, snr_weights, target
+from diffusion_trainer.objective.discrete import (
+    add_noise,
+    sample_losses,
+    snr,
+    snr_weights,
+    target,
+    without_terminal_signal,
+)
 
 # scaled_linear 0.00085 to 0.012 over 1000 steps: the schedule of every SD 1.x.
 BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
@@ -134,3 +141,30 @@ def test_noise_schedules_of_the_families(tmp_path, config):
     np.testing.assert_allclose(found.alphas_cumprod.numpy(), _published(config), rtol=2e-4, atol=1e-7)
     assert found.prediction_type == ("VPrediction" if "prediction_type" in config else "Epsilon")
     assert (found.alphas_cumprod[-1] == 0) == ("rescale_betas_zero_snr" in config)
+
+
+def test_a_schedule_rescaled_to_end_without_signal_is_the_published_one():
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    found = without_terminal_signal(torch.from_numpy(ALPHAS).float())
+    published = _published(STABLE_DIFFUSION | {"rescale_betas_zero_snr": True})
+    np.testing.assert_allclose(found.numpy(), published, rtol=1e-4, atol=1e-8)
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(torch.from_numpy(BETAS)), 0)
+    np.testing.assert_allclose(found.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-8)
+    assert (found[0].item(), found[-1].item()) == (np.float32(ALPHAS[0]), 0)
+    # By hand, half-way: sqrt(alphas_cumprod[500]) of SD 1.x is 0.5264, those of the ends 0.99957 and 0.06825.
+    assert found[500].sqrt() == pytest.approx((0.5264 - 0.06825) * 0.99957 / (0.99957 - 0.06825), abs=1e-3)
+    assert torch.equal(without_terminal_signal(found), found)  # it ends there already
+
+
+@pytest.mark.parametrize("prediction", ["VPrediction", "Sample"])
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+def test_without_terminal_signal_min_snr_still_trains_where_sampling_begins(prediction, gamma):
+    """The clip is then of SNR + 1, the weight of an error in v (arXiv 2202.00512, section 4)."""
+    alphas = _published(STABLE_DIFFUSION | {"rescale_betas_zero_snr": True})
+    ratio = alphas / (1 - alphas)
+    wanted = np.minimum(ratio + 1, gamma) / (ratio + 1 if prediction == "VPrediction" else 1)
+    objective = DiscreteObjective.of(torch.from_numpy(alphas), prediction=prediction, gamma=gamma)
+    weights = objective.weights(torch.arange(1000)).numpy()
+    np.testing.assert_allclose(weights, wanted, rtol=1e-6)
+    assert weights[-1] == min(1, gamma)

@@ -1,6 +1,7 @@
 """Rectified flow against closed forms, and what peers do otherwise."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,6 +126,8 @@ def test_what_is_asked_for_is_honoured():
     [
         (FLOW, {"prediction_type": "Epsilon"}, "predictionType is Epsilon, but the model is a flow; use Auto"),
         (NOISE, {"prediction_type": "Flow"}, "predictionType is Flow, but the model is no flow; use Auto"),
+        (FLOW, {"zero_terminal_snr": True}, "zeroTerminalSNR is true, but the model is a flow.*leave it out"),
+        (NOISE, {"zero_terminal_snr": True}, "zeroTerminalSNR is true, but the denoiser predicts.*VPrediction"),
         (NOISE, {"shift": 3}, "shift is 3, but only flow models have one; leave it out"),
         (
             DiscreteProcess(torch.tensor([0.9, 0.5, 0.0]), "Epsilon", {}),
@@ -138,12 +141,25 @@ def test_what_has_no_meaning_is_refused(process, asked, message):
         process_as_asked(process, Asked(**asked))
 
 
+@pytest.mark.parametrize("prediction", ["VPrediction", "Sample"])
+def test_a_schedule_is_rescaled_where_that_is_asked_for(prediction):
+    asked = Asked(prediction_type=prediction, zero_terminal_snr=True)
+    found = process_as_asked(NOISE, asked)
+    assert (found.alphas_cumprod[-1], found.prediction_type) == (0, prediction)
+    assert found.config == {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    own = process_as_asked(replace(NOISE, prediction_type=prediction), Asked(zero_terminal_snr=True))
+    assert torch.equal(own.alphas_cumprod, found.alphas_cumprod)
+    for off in (None, False):
+        kept = process_as_asked(NOISE, Asked(prediction_type=prediction, zero_terminal_snr=off))
+        assert kept.alphas_cumprod is NOISE.alphas_cumprod
+        assert kept.config == {}
+
+
 def test_zero_terminal_snr_goes_with_v():
     process = DiscreteProcess(torch.tensor([0.9, 0.5, 0.0]), "VPrediction", {})
     assert process_as_asked(process, Asked()) == process
     weights = objective_of(process, Asked(snr_gamma=5)).weights(torch.arange(3))
-    assert weights.isfinite().all()
-    assert weights[2] == 0  # min(0, 5) / (0 + 1)
+    assert weights.tolist() == pytest.approx([0.5, 1, 1])  # min(SNR + 1, 5) / (SNR + 1) of SNR 9, 1 and 0
 
 
 def test_logit_normal_timesteps_stay_in_range():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
 from diffusion_api.status import OutputFile
 from diffusion_api.training import Ema, NonFinite, Training
@@ -436,3 +437,14 @@ def test_the_model_card_shows_how_to_load_the_weights():
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert "12 images for 2000 steps" in card
     assert "load_lora_weights" in card
+    assert "scheduler" not in card
+
+
+def test_the_model_card_gives_the_base_model_the_schedule_of_an_adapter():
+    spec = _run().spec
+    asked = {"objective": {"predictionType": "VPrediction", "zeroTerminalSNR": True}}
+    spec = TrainerSpec.model_validate(spec.to_json_object() | {"training": asked})
+    card = output.model_card(spec, family="SD1", images=12, steps=2000)
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert compile(code.replace("<base model>", "base"), "card", "exec")
+    assert 'rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"' in code

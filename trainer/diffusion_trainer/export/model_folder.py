@@ -13,10 +13,16 @@ from diffusion_api.job import TrainerSpec
 from diffusion_trainer import tensorfile
 from diffusion_trainer.export.components import denoiser_folder, model_folder, trained_components
 from diffusion_trainer.models.base import Family
+from diffusion_trainer.models.inspection import INDEX
 from diffusion_trainer.objective import DiscreteProcess
 
 _DENOISER, _TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
 _SCHEDULER = "scheduler/scheduler_config.json"
+_OF_THE_PROCESS = ("rescale_betas_zero_snr", "timestep_spacing")
+"""What of a noise scheduler's configuration a job may have changed besides what is predicted."""
+_END_IN_NOISE = {"DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"}
+"""Schedulers of diffusers that know schedules without terminal signal; DDIMScheduler takes the place of others."""
+_AS_STABLE_DIFFUSION = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 _PREDICTIONS = {"Epsilon": "epsilon", "VPrediction": "v_prediction", "Sample": "sample"}
 
 
@@ -25,8 +31,8 @@ def export_model_folder(
 ) -> list[Path]:
     """Write the model into `folder` and return the files written, in their order.
 
-    Trained components are fp32. The noise scheduler's configuration says what the denoiser was trained to predict,
-    where that is not what the model predicted before.
+    Trained components are fp32. The noise scheduler's configuration says what the denoiser was trained to predict, and
+    on which noise schedule, where that is not the model's own.
     """
     base = model_folder(family)
     made = trained_components(weights, family, spec)
@@ -40,7 +46,7 @@ def export_model_folder(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             written.append(target)
-    _correct_scheduler(folder / _SCHEDULER, family)
+    _correct_scheduler(folder, family)
     for component, tensors in made.items():
         target = folder / component / (_DENOISER if component == denoiser_folder(family) else _TEXT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,10 +55,23 @@ def export_model_folder(
     return sorted(written)
 
 
-def _correct_scheduler(path: Path, family: Family) -> None:
-    if not isinstance(family.process, DiscreteProcess):
+def _correct_scheduler(folder: Path, family: Family) -> None:
+    process = family.process
+    if not isinstance(process, DiscreteProcess):
         return
+    path, index = folder / _SCHEDULER, folder / INDEX
     config = json.loads(path.read_text())
-    predicted = _PREDICTIONS[family.process.prediction_type]
+    wanted = config | {name: process.config[name] for name in _OF_THE_PROCESS if name in process.config}
+    predicted = _PREDICTIONS[process.prediction_type]
     if config.get("prediction_type", "epsilon") != predicted:
-        path.write_text(json.dumps(config | {"prediction_type": predicted}, indent=2) + "\n")
+        wanted["prediction_type"] = predicted
+    rescaled = wanted.get("rescale_betas_zero_snr") and not config.get("rescale_betas_zero_snr")
+    if rescaled and wanted.get("_class_name") not in _END_IN_NOISE:
+        wanted = _AS_STABLE_DIFFUSION | wanted | {"_class_name": "DDIMScheduler"}
+        _rewrite(index, json.loads(index.read_text()) | {"scheduler": ["diffusers", "DDIMScheduler"]})
+    if wanted != config:
+        _rewrite(path, wanted)
+
+
+def _rewrite(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

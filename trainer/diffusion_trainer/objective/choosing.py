@@ -7,7 +7,7 @@ from dataclasses import replace
 from diffusion_api.training import Objective as Asked
 from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.objective.base import Objective, Process
-from diffusion_trainer.objective.discrete import DiscreteObjective
+from diffusion_trainer.objective.discrete import DiscreteObjective, DiscreteProcess, without_terminal_signal
 from diffusion_trainer.objective.flow import FlowObjective, FlowProcess
 
 
@@ -22,6 +22,11 @@ def process_as_asked(process: Process, asked: Asked) -> Process:
     if isinstance(process, FlowProcess):
         if wanted not in {"Auto", "Flow"}:
             raise BadConfig(f"training.objective.predictionType is {wanted}, but the model is a flow; use Auto")
+        if asked.zero_terminal_snr:
+            raise BadConfig(
+                "training.objective.zeroTerminalSNR is true, but the model is a flow, which ends in nothing but noise "
+                "as it is; leave it out"
+            )
         return process
     if wanted == "Flow":
         raise BadConfig("training.objective.predictionType is Flow, but the model is no flow; use Auto")
@@ -31,12 +36,27 @@ def process_as_asked(process: Process, asked: Asked) -> Process:
             "model of family SD3"
         )
     process = process if wanted == "Auto" else replace(process, prediction_type=wanted)
+    if asked.zero_terminal_snr:
+        return _ending_in_noise(process)
     if process.prediction_type == "Epsilon" and process.alphas_cumprod[-1] == 0:
         raise BadConfig(
             "training.objective.predictionType: the model's noise schedule ends without any signal "
             "(rescale_betas_zero_snr), where the noise says nothing of the image; use VPrediction"
         )
     return process
+
+
+def _ending_in_noise(process: DiscreteProcess) -> DiscreteProcess:
+    if process.prediction_type == "Epsilon":
+        raise BadConfig(
+            "training.objective.zeroTerminalSNR is true, but the denoiser predicts the noise, which says nothing of "
+            "the image where all is noise; set predictionType: VPrediction as well"
+        )
+    return replace(
+        process,
+        alphas_cumprod=without_terminal_signal(process.alphas_cumprod),
+        config={**process.config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    )
 
 
 def objective_of(process: Process, asked: Asked) -> Objective:

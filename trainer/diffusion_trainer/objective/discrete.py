@@ -40,15 +40,26 @@ def snr(alphas: Tensor) -> Tensor:
     return alphas / (1 - alphas)
 
 
+def without_terminal_signal(alphas: Tensor) -> Tensor:
+    """Return alphas_cumprod [T], rescaled to end at 0: Lin et al. 2024, arXiv 2305.08891, algorithm 1."""
+    roots = alphas.double().sqrt()
+    first, last = roots[0].clone(), roots[-1].clone()
+    return (((roots - last) * first / (first - last)) ** 2).to(alphas.dtype)
+
+
 def snr_weights(alphas: Tensor, *, gamma: float | None, prediction: Prediction) -> Tensor:
     """Return min-SNR-gamma weights (Hang et al. 2023, arXiv 2303.09556, section 3.4); 1 everywhere without gamma.
 
     For x0 the weight is min(SNR, gamma); the error in n is SNR times smaller, that in v SNR + 1 times.
+
+    Where a schedule ends without any signal (`alphas` [T] has a 0), sampling begins at a timestep that would have the
+    weight 0. SNR + 1 is clipped there instead: min(SNR + 1, gamma), the weight of an error in v, which was introduced
+    for that very reason (Salimans and Ho 2022, arXiv 2202.00512, section 4).
     """
     if gamma is None:
         return torch.ones_like(alphas)
     ratio = snr(alphas)
-    clipped = ratio.clamp(max=gamma)
+    clipped = (ratio + 1 if (alphas == 0).any() else ratio).clamp(max=gamma)
     if prediction == "Sample":
         return clipped
     return clipped / (ratio if prediction == "Epsilon" else ratio + 1)

@@ -1,0 +1,50 @@
+"""What an exported model's noise scheduler says, read by diffusers."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusion_api.training import Objective as Asked
+from diffusion_trainer.export.model_folder import _correct_scheduler
+from diffusion_trainer.models.loading import load_discrete_process
+from diffusion_trainer.objective import process_as_asked
+
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ZERO = {"prediction_type": "VPrediction", "zero_terminal_snr": True}
+
+
+def corrected(folder, config, **asked):
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", config["_class_name"]]}))
+    process = process_as_asked(load_discrete_process(folder), Asked(**asked))
+    _correct_scheduler(folder, SimpleNamespace(process=process))
+    return process
+
+
+@pytest.mark.parametrize(
+    ("name", "becomes"), [("PNDMScheduler", "DDIMScheduler"), ("EulerDiscreteScheduler", "EulerDiscreteScheduler")]
+)
+def test_a_pipeline_draws_on_the_schedule_that_was_trained(tmp_path, name, becomes):
+    import diffusers
+
+    process = corrected(tmp_path, STABLE_DIFFUSION | {"_class_name": name, "steps_offset": 1}, **ZERO)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", becomes]
+    config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    assert config["rescale_betas_zero_snr"]
+    assert (config["timestep_spacing"], config["prediction_type"]) == ("trailing", "v_prediction")
+    scheduler = getattr(diffusers, becomes).from_pretrained(tmp_path / "scheduler")
+    assert not getattr(scheduler.config, "clip_sample", False)
+    torch.testing.assert_close(scheduler.alphas_cumprod, process.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    scheduler.set_timesteps(30)
+    assert scheduler.timesteps[0] == 999
+
+
+@pytest.mark.parametrize("own", [{}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}])
+def test_nothing_changes_where_nothing_is_asked_for(tmp_path, own):
+    config = STABLE_DIFFUSION | {"_class_name": "PNDMScheduler"} | own
+    corrected(tmp_path, config)
+    assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text()) == config
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "PNDMScheduler"]
