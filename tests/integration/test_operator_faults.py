@@ -5,6 +5,7 @@ final status and pods, the events, and by the API server's own log how often eac
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -37,6 +38,8 @@ pytestmark = pytest.mark.apiserver
 AT_ONCE = 10
 """Lives that are lived side by side, each in a namespace of its own."""
 CREATED = {"cats-preflight": 1, "cats-1-0": 1, "cats-2-0": 1}
+KINDS = 4
+"""Jobs, pods, profiles and nodes are read and watched."""
 SETTINGS = {"preflight": "ON", "relist_seconds": "1"}
 BUSY = Refuse(status=503, retry_after=1)
 SLOW_DOWN = Refuse(status=429, retry_after=1)
@@ -123,11 +126,25 @@ class Lived:
 
     life: Life
     exchanges: list[Exchange]
+    seconds: float
     restarts: int = 0
+
+    def requests_at_most(self, writes_without_faults: int) -> dict[str, float]:
+        """Return the bounds: what may be asked in so long a life with so many faults."""
+        faults = sum(exchange.fault is not None for exchange in self.exchanges)
+        again, readings = faults + self.restarts, self.seconds / float(SETTINGS["relist_seconds"]) + 1
+        return {
+            # A fault may cost two writes more than there were, a restart the events again.
+            "writes": writes_without_faults + 2 * faults + len(EVENTS) * self.restarts,
+            # Every kind at each complete reading, and what a write that was refused is looked up for.
+            "reads": KINDS * (readings + again) + writes_without_faults,
+            "watches": KINDS * (2 + again),
+        }
 
 
 def live_behind(installation: Installation, plan: Plan, *, patience_seconds: float = 60, restarts: int = 0) -> Lived:
     """Let a job live with an operator that has only the proxy; it may end and be started again so many times."""
+    began = time.monotonic()
     with installation.kube.namespace("life") as namespace:
         with ExitStack() as stack:
             folder = installation.folder / namespace
@@ -149,7 +166,7 @@ def live_behind(installation: Installation, plan: Plan, *, patience_seconds: flo
                 return f"{operators[-1].tail()}\n{describe(proxy.exchanges[-40:])}"
 
             life = live(installation, namespace, look_after=alive, detail=detail, patience_seconds=patience_seconds)
-        return Lived(life, proxy.exchanges, len(operators) - 1)
+        return Lived(life, proxy.exchanges, time.monotonic() - began, len(operators) - 1)
 
 
 def writes(exchanges: list[Exchange]) -> list[Exchange]:
@@ -159,7 +176,7 @@ def writes(exchanges: list[Exchange]) -> list[Exchange]:
 def check(
     plans: dict[str, Plan], installation: Installation, whole: Life, *, patience_seconds: float = 60, restarts: int = 0
 ) -> None:
-    """Live by each plan, and compare. A fault may cost two writes more than there were, a restart the events again."""
+    """Live by each plan, and compare; what is asked of the API server stays within bounds."""
 
     def lived(plan: Plan) -> Lived:
         return live_behind(installation, plan, patience_seconds=patience_seconds, restarts=restarts)
@@ -172,8 +189,14 @@ def check(
         assert found.life.final == whole.final, what
         assert found.life.created == whole.created, what
         assert found.life.events == whole.events, what
-        bound = whole.writes + 2 * faults + len(EVENTS) * found.restarts
-        assert len(writes(found.exchanges)) <= bound, f"{what}\n{describe(found.exchanges)}"
+        asked = {
+            "writes": len(writes(found.exchanges)),
+            "reads": sum(read(exchange.asked) for exchange in found.exchanges),
+            "watches": sum(watch(exchange.asked) for exchange in found.exchanges),
+        }
+        print(f"{what}: {asked} in {found.seconds:.0f} s with {faults} faults and {found.restarts} restarts")
+        bounds = found.requests_at_most(whole.writes)
+        assert all(asked[kind] <= bounds[kind] for kind in asked), f"{what}: {bounds}\n{describe(found.exchanges)}"
 
 
 def test_requests_that_fail_in_every_way_change_nothing(installation: Installation, whole: Life) -> None:

@@ -15,6 +15,7 @@ from diffusion_operator.state import Case, Decision, Heard, SeenPod
 from diffusion_operator.status import (
     Value,
     calm,
+    duration,
     edit_attempt,
     sentence,
     set_condition,
@@ -125,10 +126,21 @@ def _progresses(case: Case, status: JobStatus, pod: SeenPod) -> Decision:
         # through here.
         value, reason, said = "Unknown", "ProgressUnreachable", f"progress cannot be read: {heard.error}"
         message = f"{message}; {said}"
+    elif standing := _stands_still(case, heard):
+        value, reason, said = "Unknown", "ProgressStale", standing
+        message = f"{message}; {said}"
     status = status.model_copy(update={"phase": phase, "message": short(message)})
     status = _say(case, status, "Progressing", value, reason, said)
     status = calm(status, case.status, least_seconds=case.status_seconds)
     return Decision(rule="attemptRuns", status=status, delete=leftovers(case), poll=pod)
+
+
+def _stands_still(case: Case, heard: Heard) -> str:
+    """Return for how long the training has shown no sign of life, where that is a third of what it may."""
+    idle, limit = heard.report.idle_seconds if heard.report else None, case.spec.run_policy.stall_seconds
+    if idle is None or idle < limit / 3:
+        return ""
+    return f"no sign of life for {duration(idle)}; it counts as hung after {duration(limit)} (runPolicy.stallSeconds)"
 
 
 def _stage(heard: Heard, status: JobStatus) -> tuple[str, str]:

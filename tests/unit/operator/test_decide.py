@@ -193,6 +193,14 @@ class TestProgress:
         assert "connection refused" in late.status.message
         assert (late.delete, late.create) == ((), ())
 
+    @pytest.mark.parametrize(("idle", "reason"), [(299, "Running"), (300, "ProgressStale")])
+    def test_a_training_that_stands_still_is_told_before_it_counts_as_hung(self, idle: float, reason: str) -> None:
+        job, pod = running()
+        status = ask(job, pod, heard=Heard(report=make_report(900, idle_seconds=idle)))
+        assert condition(status, "Progressing")[1] == reason
+        assert status.status is not None
+        assert ("hung after 15m" in status.status.message) == (reason == "ProgressStale")
+
     def test_a_restart_of_the_operator_does_not_make_a_running_job_look_preparing(self) -> None:
         job, pod = running()
         job = after(job, ask(job, pod, heard=Heard(report=make_report(900))))
