@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from operator import itemgetter
@@ -91,6 +91,8 @@ def launch(run: RunConfig, settings: Settings, *, entry: Entry, board: Board, st
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // run.processes_per_node)))
     if run.nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if run.device == "CUDA":
+        spare_peer_to_peer(os.environ)
     LOG.info("attempt %d: %d training processes on node %d", run.attempt, run.processes_per_node, run.node_rank)
     errors: list[Exception] = []
     thread = threading.Thread(target=_run, args=(run, settings, entry, errors), name="launcher", daemon=True)
@@ -109,6 +111,18 @@ def launch(run: RunConfig, settings: Settings, *, entry: Entry, board: Board, st
     words = words_of(settings.work)
     adopt(board, words)
     return _ending(run, settings, children, errors=errors)
+
+
+def spare_peer_to_peer(environ: MutableMapping[str, str]) -> None:
+    """Set what NCCL needs on GeForce cards whose driver claims transfers between them that never end.
+
+    accelerate knows which: RTX 40 with drivers before 550. What the profile or the user has set stays.
+    """
+    from accelerate.utils import check_cuda_p2p_ib_support
+
+    if not check_cuda_p2p_ib_support():
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            environ.setdefault(name, "1")
 
 
 def word_file(work: Path, local_rank: int) -> Path:

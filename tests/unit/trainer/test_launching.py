@@ -154,3 +154,28 @@ def test_a_digest_tells_any_bit_and_any_name():
     assert digest(one) == digest(dict(reversed(one.items())))
     changed = [{"a": torch.tensor([1.0, 2.0000002]), "b": one["b"]}, {"c": one["a"], "b": one["b"]}]
     assert len({digest(one), *map(digest, changed)}) == 3
+
+
+SMI = """#!/bin/sh
+case "$1" in
+  *count,name*) echo "2, {card}"; echo "2, {card}" ;;
+  *driver_version*) echo "{driver}"; echo "{driver}" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("card", "driver", "spared"),
+    [
+        ("NVIDIA GeForce RTX 4090", "535.183.01", True),
+        ("NVIDIA GeForce RTX 4090", "570.86.15", False),
+        ("NVIDIA A100-SXM4-80GB", "535.183.01", False),
+    ],
+)
+def test_cards_whose_transfers_hang_are_spared_them(tmp_path, monkeypatch, card, driver, spared):
+    (tmp_path / "nvidia-smi").write_text(SMI.format(card=card, driver=driver))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environ = {"NCCL_IB_DISABLE": "0"}
+    launching.spare_peer_to_peer(environ)
+    assert environ == {"NCCL_IB_DISABLE": "0", **({"NCCL_P2P_DISABLE": "1"} if spared else {})}
