@@ -205,6 +205,9 @@ def _ever_shorter(status: JobStatus) -> list[JobStatus]:
             for item in attempts[1:]
         )
         versions.append(status.model_copy(update={"attempts": (*attempts[:1], *older)}))
+    for kept in (2, 1):  # names of many nodes would push out what the budgets go by: causes and steps
+        bare = tuple(item.model_copy(update={"nodes": ()}) for item in versions[-1].attempts[kept:])
+        versions.append(status.model_copy(update={"attempts": (*versions[-1].attempts[:kept], *bare)}))
     shortest = versions[-1].attempts
     versions += [status.model_copy(update={"attempts": shortest[:kept]}) for kept in range(len(shortest) - 1, 0, -1)]
     if attempts:

@@ -136,11 +136,14 @@ def _progresses(case: Case, status: JobStatus, pod: SeenPod) -> Decision:
 
 
 def _stands_still(case: Case, heard: Heard) -> str:
-    """Return for how long the training has shown no sign of life, where that is a third of what it may."""
+    """Return what is said of a training that has shown no sign of life for a third of what it may; else nothing."""
     idle, limit = heard.report.idle_seconds if heard.report else None, case.spec.run_policy.stall_seconds
     if idle is None or idle < limit / 3:
         return ""
-    return f"no sign of life for {duration(idle)}; it counts as hung after {duration(limit)} (runPolicy.stallSeconds)"
+    # No number that grows: each would be another write.
+    return (
+        f"no sign of life for {duration(limit / 3)} or more; after {duration(limit)} (stallSeconds) it counts as hung"
+    )
 
 
 def _stage(heard: Heard, status: JobStatus) -> tuple[str, str]:

@@ -199,7 +199,7 @@ class TestProgress:
         status = ask(job, pod, heard=Heard(report=make_report(900, idle_seconds=idle)))
         assert condition(status, "Progressing")[1] == reason
         assert status.status is not None
-        assert ("hung after 15m" in status.status.message) == (reason == "ProgressStale")
+        assert ("after 15m (stallSeconds)" in status.status.message) == (reason == "ProgressStale")
 
     def test_a_restart_of_the_operator_does_not_make_a_running_job_look_preparing(self) -> None:
         job, pod = running()

@@ -117,6 +117,17 @@ class TestSize:
         assert content["attempts"][0]["number"] == MAX_ATTEMPTS
         assert content["attempts"][0]["lastLines"]
 
+    def test_many_nodes_do_not_push_out_what_budgets_go_by(self) -> None:
+        nodes = tuple(f"gke-gpus-a100-8x-pool-3f2b1c9d-{number:08d}" for number in range(64))
+        attempts = tuple(
+            Attempt(number=n, started_at=at(), ended_at=at(), cause="Crash", reached_step=n, message="x", nodes=nodes)
+            for n in range(MAX_ATTEMPTS, 0, -1)
+        )
+        content = to_object(JobStatus(attempts=attempts))
+        assert size(content) <= MAX_BYTES
+        assert [one["reachedStep"] for one in content["attempts"]] == list(range(MAX_ATTEMPTS, 0, -1))
+        assert content["attempts"][0]["nodes"] == list(nodes)
+
     def test_what_fits_is_not_touched(self) -> None:
         status = heard(100, checkpoint=90)
         assert JobStatus.model_validate(to_object(status)) == status
