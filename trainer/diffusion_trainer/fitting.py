@@ -14,6 +14,9 @@ from diffusion_api.job import TrainerSpec
 from diffusion_api.memory import GIB, architecture_of, estimate
 from diffusion_trainer.errors import BadConfig
 
+_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+"""Of queries and keys in an attention of diffusers; SD3.5 has them."""
+
 
 def set_attention(denoiser: Any, asked: str, *, device: torch.device) -> None:
     """Make the denoiser use the attention that the job asks for; Auto is torch's own (SDPA), as diffusers has it.
@@ -32,6 +35,18 @@ def set_attention(denoiser: Any, asked: str, *, device: torch.device) -> None:
             "diffusion-operator[trainer,cuda]"
         )
     denoiser.enable_xformers_memory_efficient_attention()
+    for module in denoiser.modules():
+        for norm in (getattr(module, name, None) for name in _NORMS):
+            if norm is not None:
+                norm.register_forward_hook(_in_the_precision_of_its_input)
+
+
+def _in_the_precision_of_its_input(_: nn.Module, given: tuple[torch.Tensor, ...], normed: torch.Tensor) -> torch.Tensor:
+    """Return what a norm with fp32 weights made of bf16 in bf16 again: xFormers refuses to mix it with bf16 values.
+
+    Torch's attention is on autocast's list, and needs no such thing.
+    """
+    return normed.to(given[0].dtype)
 
 
 def recomputes(spec: TrainerSpec, config: Mapping[str, Any], *, micro_batch: int, memory_gib: float | None) -> bool:

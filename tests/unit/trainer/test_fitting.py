@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from diffusion_api.memory_reference import spec_of
 from diffusion_trainer import fitting
@@ -78,6 +79,59 @@ def test_xformers_that_cannot_be_used_is_refused_with_a_remedy(monkeypatch, devi
 def test_xformers_is_switched_on_where_it_is_there(monkeypatch):
     monkeypatch.setattr(fitting.importlib.util, "find_spec", lambda name: name)
     calls = []
-    denoiser = SimpleNamespace(enable_xformers_memory_efficient_attention=lambda: calls.append("on"))
+    denoiser = nn.Linear(1, 1)
+    denoiser.enable_xformers_memory_efficient_attention = lambda: calls.append("on")
     fitting.set_attention(denoiser, "XFormers", device=torch.device("cuda"))
     assert calls == ["on"]
+
+
+def strict_attention(query, key, value, *, attn_bias, op, scale):
+    """As xFormers' does: `fmha/common.py`, `Inputs.validate_inputs`."""
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError("Query/Key/Value should either all have the same dtype")
+    assert (attn_bias, op) == (None, None)
+    weights = (query.float() @ key.float().transpose(-1, -2) * scale).softmax(-1)
+    return (weights @ value.float()).to(value.dtype)
+
+
+def sd35():
+    """The attention of a block of SD3.5, over pictures and text: queries and keys of both are normed."""
+    from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+
+    torch.manual_seed(0)
+    attention = Attention(
+        16, heads=2, dim_head=8, added_kv_proj_dim=16, bias=True, qk_norm="rms_norm", eps=1e-6,
+        context_pre_only=False, processor=JointAttnProcessor2_0(),
+    )  # fmt: skip
+    return nn.ModuleDict({"attn": attention})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_xformers_gets_queries_and_keys_in_the_precision_of_values(monkeypatch, dtype):
+    """Trained weights are fp32, and diffusers' RMSNorm answers in the precision of its weights."""
+    from diffusers.models import attention_processor
+
+    denoiser = sd35()
+    xformers = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=strict_attention))
+    monkeypatch.setattr(attention_processor, "xformers", xformers)
+
+    def predicted():
+        pictures, text = torch.randn(2, 2, 9, 16, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return torch.cat(denoiser["attn"](pictures, encoder_hidden_states=text), 1).float()
+
+    def enable():
+        denoiser["attn"].set_processor(attention_processor.XFormersJointAttnProcessor())
+
+    wanted = predicted()  # by torch's own attention, to which autocast gives one precision
+    enable()
+    if dtype == torch.bfloat16:
+        with pytest.raises(ValueError, match="all have the same dtype"):
+            predicted()
+    denoiser.enable_xformers_memory_efficient_attention = enable
+    monkeypatch.setattr(fitting.importlib.util, "find_spec", lambda name: name)
+    fitting.set_attention(denoiser, "XFormers", device=torch.device("cuda"))
+    found = predicted()
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+    found.sum().backward()
+    assert denoiser["attn"].norm_q.weight.grad.isfinite().all()
