@@ -94,8 +94,11 @@ class Outcome:
 
 INFRASTRUCTURE_BUDGET = 10
 """Endings with action BackOff, without a new checkpoint between them, after which the job fails."""
-HOST_OUT_OF_MEMORY_BUDGET = 1
-"""Retries of an attempt that ran out of host memory; the same memory is rarely enough the second time."""
+SHORT_OF_ROOM = (Cause.HOST_OUT_OF_MEMORY, Cause.EPHEMERAL_STORAGE)
+SHORT_OF_ROOM_BUDGET = 1
+"""Retries of an attempt that ran out of memory or disk; what did not suffice rarely does the second time."""
+HANG_BUDGET = 3
+"""Hangs at one step after which the job fails: that step is at fault, and not the machine."""
 RETUNE_BUDGET = 4
 """Halvings of the micro-batch."""
 

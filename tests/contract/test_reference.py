@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_api import names, status
-from diffusion_api.outcomes import OUTCOMES, Action, Cause
+from diffusion_api.outcomes import OUTCOMES, SHORT_OF_ROOM, Action
 from diffusion_operator.desired.event import REASONS
 from diffusion_operator.metrics import LABELS, PER_JOB
 from diffusion_operator.metrics import Metrics as OperatorMetrics
@@ -48,7 +48,7 @@ def test_conditions():
 
 def test_reasons_of_failed():
     final = {outcome.cause for outcome in OUTCOMES if outcome.action in {Action.FAIL, Action.RETUNE}}
-    reasons = {str(cause) for cause in final | {Cause.HOST_OUT_OF_MEMORY}} | {EXHAUSTED, TOO_LITTLE_MEMORY}
+    reasons = {str(cause) for cause in final | set(SHORT_OF_ROOM)} | {EXHAUSTED, TOO_LITTLE_MEMORY}
     assert first_column("Reasons of Failed") == reasons
 
 

@@ -10,10 +10,12 @@ from itertools import islice
 
 from diffusion_api.job import JobSpec
 from diffusion_api.outcomes import (
-    HOST_OUT_OF_MEMORY_BUDGET,
+    HANG_BUDGET,
     INFRASTRUCTURE_BUDGET,
     OF_CAUSE,
     RETUNE_BUDGET,
+    SHORT_OF_ROOM,
+    SHORT_OF_ROOM_BUDGET,
     Action,
     Cause,
 )
@@ -82,6 +84,10 @@ def _infrastructure(status: JobStatus, ending: Ending) -> Verdict:
     if streak > INFRASTRUCTURE_BUDGET:
         message = f"{streak} times in a row without a new checkpoint: {ending.message}"
         return _verdict(Action.FAIL, ending, reason=EXHAUSTED, message=message, counted=counted)
+    step = status.attempts[0].reached_step
+    if ending.cause == Cause.HANG and _hung_at(status, step) >= HANG_BUDGET - 1:
+        message = f"{HANG_BUDGET} times at step {step}: {ending.message}"
+        return _verdict(Action.FAIL, ending, reason=EXHAUSTED, message=message, counted=counted)
     return _verdict(Action.BACK_OFF, ending, counted=counted, wait_seconds=backoff_seconds(streak))
 
 
@@ -93,9 +99,9 @@ def _retry(status: JobStatus, spec: JobSpec, ending: Ending) -> Verdict:
         message = f"{OF_CAUSE[Cause.REPEATED_CRASH].explanation} (step {step}): {ending.message}"
         repeated = Ending(cause=Cause.REPEATED_CRASH, message=message, exit_code=ending.exit_code, word=ending.word)
         return _verdict(Action.FAIL, repeated, counted=counted)
-    if ending.cause == Cause.HOST_OUT_OF_MEMORY:
-        before = sum(attempt.cause == Cause.HOST_OUT_OF_MEMORY for attempt in _failed_before(status, streak - 1))
-        if before >= HOST_OUT_OF_MEMORY_BUDGET:
+    if ending.cause in SHORT_OF_ROOM:
+        before = sum(attempt.cause == ending.cause for attempt in _failed_before(status, streak - 1))
+        if before >= SHORT_OF_ROOM_BUDGET:
             return _verdict(Action.FAIL, ending, counted=counted)
     limit = spec.run_policy.backoff_limit
     if streak > limit:
@@ -151,6 +157,13 @@ def _failed_before(status: JobStatus, number: int) -> Iterable[Attempt]:
     """Return the attempts of that many failures before the newest attempt, as far as they are kept."""
     failed = (item for item in status.attempts[1:] if item.cause and OF_CAUSE[Cause(item.cause)].action == Action.RETRY)
     return islice(failed, number)
+
+
+def _hung_at(status: JobStatus, step: int | None) -> int:
+    """Return how many of the earlier attempts hung at that step."""
+    if step is None:
+        return 0
+    return sum((item.cause, item.reached_step) == (Cause.HANG, step) for item in status.attempts[1:])
 
 
 def _same_as_before(status: JobStatus, ending: Ending) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from diffusion_api.job import JobSpec
-from diffusion_api.outcomes import INFRASTRUCTURE_BUDGET, RETUNE_BUDGET, Action, Cause
+from diffusion_api.outcomes import INFRASTRUCTURE_BUDGET, RETUNE_BUDGET, SHORT_OF_ROOM, Action, Cause
 from diffusion_api.run import LastWord
 from diffusion_api.status import Attempt, CheckpointStatus, Counters, JobStatus
 from diffusion_operator.policies.evidence import Ending
@@ -80,10 +80,20 @@ class TestRepeatedCrash:
         assert self.crash(earlier(Cause.CRASH, exit_code=1), step=None).action == Action.BACK_OFF
 
 
-def test_host_memory_is_tried_once_more() -> None:
-    assert judge(status(), spec(), ending(Cause.HOST_OUT_OF_MEMORY)).action == Action.BACK_OFF
-    again = status(earlier(Cause.HOST_OUT_OF_MEMORY), counters=Counters(failures_since_checkpoint=1))
-    assert judge(again, spec(), ending(Cause.HOST_OUT_OF_MEMORY)).action == Action.FAIL
+@pytest.mark.parametrize("short", SHORT_OF_ROOM)
+def test_what_ran_out_is_tried_once_more(short: Cause) -> None:
+    assert judge(status(), spec(), ending(short)).action == Action.BACK_OFF
+    again = status(earlier(short), counters=Counters(failures_since_checkpoint=1))
+    assert judge(again, spec(), ending(short)).action == Action.FAIL
+
+
+@pytest.mark.parametrize(("steps", "fails"), [((7, 7), True), ((7, 8), False), ((7,), False), ((None, None), False)])
+def test_the_third_hang_at_one_step_is_the_last(steps: tuple[int | None, ...], fails: bool) -> None:
+    before = [earlier(Cause.HANG, reached_step=step) for step in steps]
+    newest = status(*before, counters=Counters(infrastructure=len(before)), reached_step=steps[0])
+    verdict = judge(newest, spec(), ending(Cause.HANG))
+    assert (verdict.action == Action.FAIL) == fails
+    assert ("3 times at step 7" in verdict.message) == fails
 
 
 def test_host_memory_that_ran_out_before_a_checkpoint_is_forgotten() -> None:
