@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from diffusion_api.job import TrainerSpec
+from diffusion_trainer import fitting
 from diffusion_trainer.errors import BadConfig, BadData, InputMissing
 from diffusion_trainer.methods import attach, check_captions, supply_denoiser
 from diffusion_trainer.models import open_model
@@ -123,6 +125,46 @@ def test_adapters_drop_by_key_alone(folder):
     assert not torch.allclose(results[0], results[2], atol=1e-4)
     attached.train(mode=False)
     assert not torch.allclose(predicted(family), results[0], atol=1e-4)
+
+
+TEXT_IN_THE_STEP = {
+    "adapters": ("LoRA", {"lora": {"dropout": 0.3, "rank": 4}, "model": {"textEncoder": {"train": True}}}),
+    "everything": ("FineTune", {"model": {"textEncoder": {"train": True}}}),
+    "word": METHODS["word"],
+}
+
+
+@pytest.mark.parametrize("name", TEXT_IN_THE_STEP)
+def test_recomputing_reaches_the_text_encoders_and_changes_no_bit(folder, name):
+    """They are in training mode for that, in which they drop nothing of their own."""
+    method, sections = TEXT_IN_THE_STEP[name]
+    job, found, calls = spec(folder, method, **sections), [], []
+    for recomputed in (False, True):
+        family = opened(job, folder)
+        encoder = family.text_encoders["text_encoder"]
+        for layer in encoder.encoder.layers:
+            layer.self_attn.dropout = 0.5  # as a model's configuration may say
+        attached = attach(family, job, seed=1)
+        for path, parameter in attached.parameters.items():
+            if ".lora_B." in path:
+                nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(1))
+        attached.train()
+        fitting.set_recomputing(attached.modules, on=recomputed)
+        calls.append([])
+        for layer in encoder.encoder.layers:
+            layer.mlp.register_forward_pre_hook(partial(lambda seen, *_: seen.append(1), calls[-1]))
+        attached.masks.draw(1, [(4, 0), (4, 1)], device="cpu")
+        text = attached.text.conditioning(attached.text.cached(["a <a> c", "b"]))["text"]
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        answer = family.predict(latents, torch.tensor([10, 900]), {"text": text}, torch.zeros(2, 6))
+        answer.square().mean().backward()
+        found.append({path: parameter.grad for path, parameter in attached.parameters.items()})
+    assert [len(seen) for seen in calls] == [2, 4]  # two layers, forward and, where recomputed, again
+    plain, again = found
+    used = [path for path, gradient in plain.items() if gradient is not None and gradient.any()]
+    assert any(path.startswith("text_encoder.") for path in used)
+    for path in used:
+        assert torch.equal(plain[path], again[path]), path
 
 
 def test_from_scratch_forgets_the_model_and_nothing_else(folder):

@@ -64,15 +64,21 @@ def recomputes(spec: TrainerSpec, config: Mapping[str, Any], *, micro_batch: int
 
 
 def set_recomputing(modules: Iterable[nn.Module], *, on: bool) -> None:
-    """Make networks of diffusers and transformers keep their activations, or compute them again."""
+    """Make networks of diffusers and transformers keep their activations, or compute them again.
+
+    They do so in training mode only.
+    """
     for module in modules:
         network: Any = module
         if hasattr(network, "enable_gradient_checkpointing"):  # diffusers
             (network.enable_gradient_checkpointing if on else network.disable_gradient_checkpointing)()
-        elif on:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
+            continue
+        # transformers has a new name for it, and warns of the old one.
+        kind = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"
+        if on:
+            getattr(network, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         else:
-            network.gradient_checkpointing_disable()
+            getattr(network, f"{kind}_checkpointing_disable")()
 
 
 def is_limited(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
@@ -49,11 +49,6 @@ class Ready:
     trained: Trained
     basis: Basis
     scorer: Scorer | None = None
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """Return what gradients pass through in a step."""
-        return list(dict.fromkeys((self.family.denoiser, *self.attached.modules)))
 
     def errors(self, batch: Batch) -> Tensor:
         """Return the mean squared error of each image of a micro-batch on the device, fp32 [B]."""
@@ -138,7 +133,7 @@ def economise(spec: TrainerSpec, ready: Ready) -> None:
     fitting.set_attention(denoiser, spec.training.attention, device=device)
     least = ready.share.micro_batch_size if spec.training.micro_batch_size != "Auto" else 1
     if fitting.recomputes(spec, denoiser.config, micro_batch=least, memory_gib=fitting.memory_of(device)):
-        fitting.set_recomputing(ready.networks, on=True)
+        fitting.set_recomputing(ready.attached.modules, on=True)
 
 
 def narrator(board: Board, *, monotonic: Callable[[], float] = time.monotonic) -> Callable[[str], None]:

@@ -187,7 +187,7 @@ def fitting_share(spec: TrainerSpec, ready: Ready, peers: Peers) -> Share:
     size = fitting.largest_that_fits(share, ready.share.micro_batch_size, fits)
     if not size and spec.training.gradient_checkpointing == "Auto":
         LOG.info("a single image does not fit: computing activations again in the backward pass")
-        fitting.set_recomputing(ready.networks, on=True)
+        fitting.set_recomputing(ready.attached.modules, on=True)
         size = fitting.largest_that_fits(share, ready.share.micro_batch_size, fits)
     if not size:
         raise GpuOutOfMemory(_TOO_LARGE)

@@ -55,7 +55,7 @@ class FakeReady:
         self.objective = SimpleNamespace(weights=torch.ones_like)
         self.extent = SimpleNamespace(batch_size=IMAGES, total_steps=100)
         self.share = Share(self.micro_batch)
-        self.plan, self.cache, self.networks = FakePlan(), None, []
+        self.plan, self.cache, self.attached = FakePlan(), None, SimpleNamespace(modules=())
         self.seen = []
 
     def errors(self, batch):

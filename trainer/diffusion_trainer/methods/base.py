@@ -25,7 +25,7 @@ class Attached:
     kind: Kind
     groups: tuple[Group, ...]
     modules: tuple[nn.Module, ...]
-    """In training mode while a step is computed, in evaluation mode otherwise."""
+    """The networks that gradients pass through: in training mode while a step is computed, else in evaluation mode."""
     text: TextPath
     masks: Masks = field(default_factory=Masks)
     after_update: Callable[[], None] = lambda: None

@@ -11,7 +11,7 @@ from diffusion_api.job import TrainerSpec
 from diffusion_trainer.methods.base import Attached, named_group
 from diffusion_trainer.methods.conditioning import TextPath
 from diffusion_trainer.methods.dropout import Masks, key_dropout
-from diffusion_trainer.methods.text import clip_encoders, named
+from diffusion_trainer.methods.text import clip_encoders, in_steps, named
 from diffusion_trainer.models import Family
 
 _PARTS = {
@@ -33,14 +33,16 @@ def attach_weights(family: Family, spec: TrainerSpec) -> Attached:
     chosen = {path: weight for path, weight in family.denoiser.named_parameters() if part.search(path)}
     _freeze_others(family.denoiser, set(chosen), family.dtype)
     groups = [named_group(chosen.items())]
+    encoders: list[nn.Module] = []
     trains_text = spec.model.text_encoder.train
     if trains_text:
-        encoders = clip_encoders(family)
-        for encoder in encoders.values():
-            encoder.to(family.device).requires_grad_(requires_grad=True)
+        encoders = in_steps(family)
+        for encoder in encoders:
+            encoder.requires_grad_(requires_grad=True)
         scale = spec.model.text_encoder.learning_rate / spec.learning_rate
-        groups.append(named_group(named(encoders), lr_scale=scale))
-    return Attached("Weights", tuple(groups), (family.denoiser,), TextPath(family, live=trains_text), masks=masks)
+        groups.append(named_group(named(clip_encoders(family)), lr_scale=scale))
+    text = TextPath(family, live=trains_text)
+    return Attached("Weights", tuple(groups), (family.denoiser, *encoders), text, masks=masks)
 
 
 def _freeze_others(denoiser: nn.Module, chosen: set[str], dtype: torch.dtype) -> None:

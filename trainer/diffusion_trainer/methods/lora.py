@@ -13,8 +13,8 @@ from diffusion_api.job import TrainerSpec
 from diffusion_api.method import LoRA
 from diffusion_trainer.methods.base import Attached, named_group
 from diffusion_trainer.methods.conditioning import TextPath
-from diffusion_trainer.methods.dropout import KeyedDropout, Masks, key_dropout
-from diffusion_trainer.methods.text import clip_encoders, published_name
+from diffusion_trainer.methods.dropout import Masks, key_dropout
+from diffusion_trainer.methods.text import clip_encoders, in_steps, published_name
 from diffusion_trainer.models import Family
 from diffusion_trainer.rng import Purpose, stream
 
@@ -42,7 +42,7 @@ def attach_lora(family: Family, spec: TrainerSpec, *, seed: int) -> Attached:
     family.denoiser.requires_grad_(requires_grad=False)
     key_dropout(family.denoiser, masks)
     groups = [named_group(_adapters(family.denoiser, lora, targets, masks, family.device))]
-    modules = [family.denoiser]
+    encoders: list[nn.Module] = []
     trains_text = spec.model.text_encoder.train
     if trains_text:
         groups.append(
@@ -55,10 +55,9 @@ def attach_lora(family: Family, spec: TrainerSpec, *, seed: int) -> Attached:
                 lr_scale=spec.model.text_encoder.learning_rate / spec.learning_rate,
             )
         )
-        encoders = clip_encoders(family).values()
-        modules += [layer for encoder in encoders for layer in encoder.modules() if isinstance(layer, KeyedDropout)]
+        encoders = in_steps(family)
     text = TextPath(family, live=trains_text)
-    attached = Attached("Adapter", tuple(groups), tuple(modules), text, masks=masks)
+    attached = Attached("Adapter", tuple(groups), (family.denoiser, *encoders), text, masks=masks)
     for name, parameter in attached.parameters.items():
         parameter.data = _initial(name, parameter, seed=seed)
     return attached

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,21 @@ _CLIP = "text_model."
 def clip_encoders(family: Family) -> dict[str, nn.Module]:
     """Return CLIP's text encoders of a family by their folders; T5 is never trained."""
     return {name: encoder for name, encoder in family.text_encoders.items() if is_clip(encoder)}
+
+
+def in_steps(family: Family) -> list[nn.Module]:
+    """Return CLIP's text encoders as a part of the steps, on the denoiser's device, dropping nothing of their own.
+
+    In training mode, which recomputing their activations needs, attention would drop what its configuration says.
+    """
+    encoders = list(clip_encoders(family).values())
+    for encoder in encoders:
+        encoder.to(family.device)
+        for module in encoder.modules():
+            layer: Any = module
+            if isinstance(getattr(layer, "dropout", None), float):
+                layer.dropout = 0.0
+    return encoders
 
 
 def is_clip(encoder: nn.Module) -> bool:

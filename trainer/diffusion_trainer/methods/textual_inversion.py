@@ -15,7 +15,7 @@ from diffusion_api.method import TextualInversion
 from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.methods.base import Attached, named_group
 from diffusion_trainer.methods.conditioning import TextPath
-from diffusion_trainer.methods.text import clip_encoders
+from diffusion_trainer.methods.text import clip_encoders, in_steps
 from diffusion_trainer.models import Family
 
 VECTORS = ".vectors"
@@ -68,14 +68,13 @@ def attach_embedding(family: Family, spec: TrainerSpec) -> Attached:
         base: nn.Embedding = embeddings.token_embedding
         extended = ExtendedEmbedding(base, base.weight[start].expand(wanted.vectors, -1))
         embeddings.token_embedding = extended
-        encoder.to(family.device)
         encoder.register_forward_pre_hook(_renumber(known), with_kwargs=True)
         parameters[folder + VECTORS] = extended.vectors
         longest[folder + VECTORS] = float(base.weight.float().norm(dim=1).max())
     return Attached(
         "Embedding",
         (named_group(parameters.items(), decayed=False),),
-        (family.denoiser,),
+        (family.denoiser, *in_steps(family)),
         TextPath(family, live=True, written=partial(written, wanted=wanted), words=tuple(_words(wanted))),
         after_update=partial(_shorten_all, parameters, longest),
     )
