@@ -104,7 +104,8 @@ def memory() -> str:
             "- Gradients: 4 bytes per trained parameter. Optimizer: 8 for AdamW, 2 for AdamW8bit, next to nothing for",
             "  Adafactor, 16 for Prodigy, 4 for Lion. An average (`ema`): 4.",
             "- Activations: a line in micro-batch and image area. Where all weights are trained in bf16, the copies",
-            "  that autocast makes of them are in it.",
+            "  that autocast makes of them are in it. When they are gone, at most 256 MiB are taken by what",
+            "  is computed of all weights: the sum over several GPUs, and temporaries of Lion and Prodigy.",
             "- Encoders: VAE and CLIP in fp32, T5 in the run's precision.",
             "",
         ]

@@ -168,6 +168,9 @@ def test_a_stop_ends_all_after_the_same_step(job, undisturbed, rank):
     ("seam", "code", "text"),
     [
         (("fail_before_step", (3, "out-of-memory")), ExitCode.CUDA_OUT_OF_MEMORY, "a single image"),
+        pytest.param(
+            ("lack_memory_in_update", 3), ExitCode.CUDA_OUT_OF_MEMORY, "does not fit", marks=pytest.mark.nightly
+        ),
         (("fail_before_step", (3, "bug")), 1, "ZeroDivisionError"),
         (("hang_before_step", 3), ExitCode.HANG, "stallSeconds"),
     ],

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion_trainer import evaluation, fitting, launching, progress, rng, stepping, supervisor, train
+from diffusion_trainer import evaluation, fitting, launching, optim, progress, rng, stepping, supervisor, train
 
 
 def seed_like_a_new_interpreter() -> None:
@@ -94,6 +94,16 @@ def overshoot_from(step: int) -> None:
         return original(batches, ready)
 
     stepping.gradients = gradients
+
+
+def lack_memory_in_update(step: int) -> None:
+    """Find no memory when the optimizer's step `step` (from 1) is due: after the sum, where nobody votes any more."""
+
+    def fail(count: int) -> None:
+        if count == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    _before("apply_update", fail, optim)
 
 
 def hang_before_step(step: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from diffusion_trainer.curves import Curves
 from diffusion_trainer.data import Plan
@@ -15,7 +17,7 @@ from diffusion_trainer.progress import Board
 from diffusion_trainer.reporting import Reporter
 from diffusion_trainer.saving import Saver
 from diffusion_trainer.settings import Failpoint
-from diffusion_trainer.stepping import Taken
+from diffusion_trainer.stepping import Taken, blamed
 from diffusion_trainer.tracking import Tracking
 
 
@@ -63,6 +65,8 @@ class LeadersBooks(Books):
     metrics: Metrics
     failpoint: Failpoint
     guard: Guard
+    shares: dict[int, Tensor] = field(default_factory=dict)
+    """Those of the images in the losses that are not settled yet, by step; on the device."""
 
     def begin(self, step: int) -> None:  # noqa: D102
         if step == 0 and self.guard.may_go_back:
@@ -71,6 +75,7 @@ class LeadersBooks(Books):
     def note(self, done: Stepped) -> None:  # noqa: D102
         taken = done.taken
         self.curves.note(done.step, loss=taken.loss, learning_rate=taken.learning_rate, grad_norm=taken.norm)
+        self.shares[done.step] = taken.shares
         self.reporter.stepped(done.step, wait_seconds=done.wait_seconds, now=time.time())
 
     def close(self, step: int) -> None:  # noqa: D102
@@ -106,7 +111,7 @@ class LeadersBooks(Books):
         self.metrics.nonfinite_loss.inc(len(lost))
         self.metrics.skipped_steps.inc(sum(point.skipped for point in fresh))
         if lost:
-            images = [self.plan.lock.images[slot.image].key for slot in self.plan.batch(lost[0].step - 1)]
-            self.board.warn(
-                f"step {lost[0].step} changed nothing, for its loss was {lost[0].loss}, with {', '.join(images[:4])}"
-            )
+            step, loss = lost[0].step, lost[0].loss
+            images = blamed(self.plan, step, self.shares[step])
+            self.board.warn(f"step {step} changed nothing, for its loss was {loss}: {images}")
+        self.shares.clear()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from diffusion_api.run import RunConfig
 from diffusion_trainer.errors import BadConfig, GpuFault, GpuOutOfMemory
-from diffusion_trainer.fitting import divisor
+from diffusion_trainer.fitting import divisor, is_shortage
 
 _DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16, "FP32": torch.float32}
 _CUDA_FAULTS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS", "NVML")
@@ -74,15 +74,15 @@ def micro_batch_size(run: RunConfig) -> int:
 
 @contextmanager
 def gpu_errors() -> Iterator[None]:
-    """Raise what CUDA reports as `GpuOutOfMemory` and `GpuFault`."""
+    """Raise what CUDA and its libraries report as `GpuOutOfMemory` and `GpuFault`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise GpuOutOfMemory(
-            f"the micro-batch does not fit into the GPU's memory ({_first_line(error)}); the job is tried again with "
-            "half of it"
-        ) from error
     except RuntimeError as error:
+        if is_shortage(error):
+            raise GpuOutOfMemory(
+                f"the micro-batch does not fit into the GPU's memory ({_first_line(error)}); the job is tried again "
+                "with half of it"
+            ) from error
         if not any(mark in str(error) for mark in _CUDA_FAULTS):
             raise
         raise GpuFault(f"the GPU failed: {_first_line(error)}; look at the node's GPU if it lasts") from error

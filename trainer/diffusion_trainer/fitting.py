@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,18 @@ from diffusion_trainer.errors import BadConfig
 
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 """Of queries and keys in an attention of diffusers; SD3.5 has them."""
+_SHORTAGE = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|Cuda failure (?:\d+ )?'out of memory'"  # torch, the driver, NCCL
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_(?:ALLOC|INTERNAL_ERROR_DEVICE_ALLOCATION)_FAILED"
+)
+_PERHAPS_SHORTAGE = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED|unable to find an engine to execute this computation")
+"""What cuBLAS says where its handle finds no room, and cuDNN where no workspace does; broken GPUs say so, too."""
+_FULL_BYTES = 256 * 2**20
+"""With less than that left there may be no room for a library's handle."""
+PART_BYTES = 256 * 2**20
+"""What is computed of all weights at once takes no more memory beside them: little beside a step's activations."""
+
+OneTensor = TypeVar("OneTensor", bound=torch.Tensor)
 
 
 def set_attention(denoiser: Any, asked: str, *, device: torch.device) -> None:
@@ -113,7 +126,9 @@ def fits(compute: Callable[[], object]) -> bool:
     """Return whether a computation gets the memory that it asks for; nothing of it is kept."""
     try:
         compute()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
         found = False
     else:
         found = True
@@ -122,7 +137,44 @@ def fits(compute: Callable[[], object]) -> bool:
     return found
 
 
+def in_parts(tensors: Iterable[OneTensor]) -> list[list[OneTensor]]:
+    """Return tensors in their order, in parts of at most `PART_BYTES`; a larger one is a part of its own."""
+    parts: list[list[OneTensor]] = []
+    left = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if not parts or size > left:
+            parts.append([])
+            left = PART_BYTES
+        parts[-1].append(tensor)
+        left -= size
+    return parts
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Return whether an error means that the device's memory was too short, whichever library found that out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    return bool(_SHORTAGE.search(text)) or (bool(_PERHAPS_SHORTAGE.search(text)) and _gpu_is_full())
+
+
 def release() -> None:
-    """Give back what nobody uses any more."""
+    """Give back what nobody uses any more, after memory was short."""
     gc.collect()
     torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_accumulated_memory_stats()  # that shortage is dealt with
+
+
+def _gpu_is_full() -> bool:
+    """Return whether allocations have failed since the last `release`, or next to nothing is left."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        free, _ = torch.cuda.mem_get_info()
+        return free < _FULL_BYTES or torch.cuda.memory_stats()["num_ooms"] > 0
+    except RuntimeError:  # a GPU that cannot even say that has another fault
+        return False

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from diffusion_trainer.errors import PeerLost, PeersDiffer
+from diffusion_trainer.fitting import in_parts, is_shortage
 from diffusion_trainer.settings import Place
 
 GOODBYE, STOP = "goodbye", "stop"
@@ -55,9 +56,11 @@ class Peers:
         """Return whether any process wishes it. A collective of the hosts; the devices go on meanwhile."""
         return wish
 
-    def add_up(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the sums over all processes, the same bits everywhere. A collective; a host with a GPU goes on."""
-        return tensors
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors (of one dtype, on one device) by their sums over all processes, the same bits everywhere.
+
+        A collective; a host with a GPU goes on. It takes little memory beside the tensors (`fitting.in_parts`).
+        """
 
     def as_leader_says(self, _name: str, value: Any) -> Any:
         """Return the leader's value (of JSON's types) everywhere."""
@@ -117,13 +120,19 @@ class Together(Peers):
             dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         return bool(vote.item())
 
-    def add_up(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:  # noqa: D102
-        # One buffer of one layout at every step: the order of summation does not depend on when a run was resumed.
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with _lost_peers():
-            dist.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    def add_up(self, tensors: Sequence[Tensor]) -> None:  # noqa: D102
+        # Buckets of one layout at every step: the order of summation does not depend on when a run was resumed.
+        parts = in_parts(tensors)
+        # One buffer for all: of several the allocator would keep each until the stream of the sums has left it.
+        buffer = tensors[0].new_empty(max(sum(tensor.numel() for tensor in part) for part in parts))
+        for part in parts:
+            sizes = [tensor.numel() for tensor in part]
+            flat = buffer[: sum(sizes)]
+            torch.cat([tensor.reshape(-1) for tensor in part], out=flat)
+            with _lost_peers():
+                dist.all_reduce(flat)
+            for tensor, summed in zip(part, flat.split(sizes), strict=True):
+                tensor.copy_(summed.view(tensor.shape))
 
     def as_leader_says(self, name: str, value: Any) -> Any:  # noqa: D102
         if self.leads:
@@ -255,10 +264,8 @@ def _lost_peers() -> Iterator[None]:
     """Raise what torch raises when others are gone as `PeerLost`: it knows RuntimeErrors only."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # DistError is one, too
-        if "CUDA error" in str(error):
+        if is_shortage(error) or "CUDA error" in str(error):
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise PeerLost(f"the training processes lost each other: {first}") from error

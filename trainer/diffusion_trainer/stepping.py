@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,13 +20,13 @@ from diffusion_api.memory import STATE_BYTES
 from diffusion_trainer import data, fitting, optim
 from diffusion_trainer.data import Batch, Plan, Share
 from diffusion_trainer.errors import Diverged, GpuOutOfMemory
-from diffusion_trainer.guard import RollBack, Streak
+from diffusion_trainer.guard import LAG, RollBack, Streak
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.preparation import Ready
 from diffusion_trainer.state import Trained
 
 LOG = logging.getLogger(__name__)
-_IMAGES_NAMED = 8
+_IMAGES_NAMED = 4
 _TOO_LARGE = (
     "a single image does not fit into the GPU's memory: lower dataset.resolution, set training.gradientCheckpointing: "
     "Always, or use a larger GPU"
@@ -34,11 +35,15 @@ _TOO_LARGE = (
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that was taken: `loss` of the whole batch and `norm` of its gradients are still on the device."""
+    """A step that was taken: `loss` of the whole batch and `norm` of its gradients are still on the device.
+
+    So are `shares` [batchSize], the shares of each image in the loss, whichever process had it.
+    """
 
     loss: Tensor
     norm: Tensor
     learning_rate: float
+    shares: Tensor
 
 
 class Stepper:
@@ -53,6 +58,7 @@ class Stepper:
         self._guard = ready.trained.guard
         self._peers = peers
         self._tell = tell
+        self._shares: deque[tuple[int, Tensor]] = deque(maxlen=LAG + 1)
         self.micro_batch_size = ready.share.micro_batch_size
 
     def take(self, batches: Sequence[Batch], step: int) -> Taken:
@@ -64,7 +70,9 @@ class Stepper:
 
         """
         trained, training = self._ready.trained, self._spec.training
-        loss = self._summed(batches, step)
+        shares = self._summed(batches, step)
+        self._shares.append((step + 1, shares))
+        loss = shares.sum()
         schedule, total = training.lr_schedule, self._ready.extent.total_steps
         rate = optim.lr_at(step, schedule, peak=self._spec.learning_rate, total_steps=total) * self._guard.factor
         update = optim.apply_update(
@@ -79,7 +87,7 @@ class Stepper:
         self._guard.note(step + 1, update.broken)
         if streak := self._guard.streak():
             raise self._too_many(streak)
-        return Taken(loss, update.norm, rate)
+        return Taken(loss, update.norm, rate, shares)
 
     def finish(self) -> None:
         """Look at the last steps, too. Raises `RollBack`, `Diverged`."""
@@ -87,25 +95,27 @@ class Stepper:
             raise self._too_many(streak)
 
     def _summed(self, batches: Sequence[Batch], step: int) -> Tensor:
-        """Leave the gradients of the whole batch, and return its loss.
+        """Leave the gradients of the whole batch, and return the shares of its images in the loss.
 
         Where memory is short for any process, all halve their micro-batches and compute the same batch again.
         """
-        loss = self._computed(batches)
-        while self._peers.agree(loss is None):
+        shares = self._computed(batches)
+        while self._peers.agree(shares is None):
             self._ready.trained.optimizer.zero_grad(set_to_none=True)
             fitting.release()
             self._halve(step)
-            loss = self._computed(batches)
-        if loss is None:
+            shares = self._computed(batches)
+        if shares is None:
             raise RuntimeError("the processes agreed that all of them have a loss")
-        return added_up(loss, self._ready.trained, self._peers)
+        return added_up(shares, self._ready.trained, self._peers)
 
     def _computed(self, batches: Sequence[Batch]) -> Tensor | None:
-        """Return the loss of this process's part, its gradients being there; None where memory is short."""
+        """Return the shares of this process's images, the gradients being there; None where memory is short."""
         try:
             return gradients(cut(batches, self.micro_batch_size), self._ready)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not fitting.is_shortage(error):
+                raise
             LOG.warning("out of memory with micro-batch %d: %s", self.micro_batch_size, str(error).partition("\n")[0])
         return None
 
@@ -119,16 +129,27 @@ class Stepper:
 
     def _too_many(self, streak: Streak) -> Diverged | RollBack:
         """Return what becomes of the run after so many steps without numbers."""
-        plan, training = self._ready.plan, self._spec.training
-        images = [plan.lock.images[slot.image].key for slot in plan.batch(streak.step - 1)]
+        training = self._spec.training
         steps = "steps in a row were" if streak.length > 1 else "step was"
         kind = RollBack if self._guard.may_go_back else Diverged
         return kind(
             f"{streak.length} {steps} skipped, up to step {streak.step}, for loss or gradients were no finite numbers: "
-            f"lower training.learningRate (it was {self._spec.learning_rate * self._guard.factor:.3g} at its peak), "
-            f"raise lrSchedule.warmupSteps{', use mixedPrecision BF16' if training.mixed_precision == 'FP16' else ''}, "
-            f"or look at the images of step {streak.step}: {', '.join(images[:_IMAGES_NAMED])}"
+            f"lower training.learningRate (it was {self._spec.learning_rate * self._guard.factor:.3g} at its peak)"
+            f"{', use mixedPrecision BF16' if training.mixed_precision == 'FP16' else ''} or raise "
+            f"lrSchedule.warmupSteps; {blamed(self._ready.plan, streak.step, dict(self._shares)[streak.step])}"
         )
+
+
+def blamed(plan: Plan, step: int, shares: Tensor) -> str:
+    """Say which images of a step (from 1) had no finite share in its loss. Waits for the device."""
+    images = [plan.lock.images[slot.image].key for slot in plan.batch(step - 1)]
+    lost = [image for image, share in zip(images, shares.tolist(), strict=True) if not math.isfinite(share)]
+    if not lost:
+        return f"the loss of each image was finite in step {step}, only the gradients were not"
+    few = ", ".join(lost[:_IMAGES_NAMED]) + (f" and {len(lost) - _IMAGES_NAMED} more" * (len(lost) > _IMAGES_NAMED))
+    if len(lost) == len(images):
+        return f"no image of step {step} had a finite loss: {few}"
+    return f"look at the images whose loss was not finite in step {step}: {few}"
 
 
 def cut(batches: Iterable[Batch], size: int) -> list[Batch]:
@@ -137,33 +158,35 @@ def cut(batches: Iterable[Batch], size: int) -> list[Batch]:
 
 
 def gradients(batches: Sequence[Batch], ready: Ready) -> Tensor:
-    """Add up the gradients of one optimizer step; return the loss of its batch, still on the device.
+    """Add up the gradients of one optimizer step; return the shares of its images in the loss, still on the device.
 
     Every image weighs 1 / batchSize, so the sum over micro-batches is the batch's mean however it is cut up. With a
     loss scale the gradients are larger by it, the loss is not.
     """
-    total, scale = torch.zeros((), device=ready.device.torch), ready.trained.scale
+    found, scale = [], ready.trained.scale
     for waiting in batches:
         batch = waiting.to(ready.device.torch)
         weights = ready.objective.weights(batch.times) * batch.weights
-        loss = (weights * ready.errors(batch)).sum() / ready.extent.batch_size
+        shares = weights * ready.errors(batch) / ready.extent.batch_size
+        loss = shares.sum()
         (loss if scale is None else loss * scale.value).backward()
-        total += loss.detach()
-    return total
+        found.append(shares.detach())
+    return torch.cat(found)
 
 
-def added_up(loss: Tensor, trained: Trained, peers: Peers) -> Tensor:
-    """Replace the gradients by their sums over all processes; return the loss of the whole batch.
+def added_up(shares: Tensor, trained: Trained, peers: Peers) -> Tensor:
+    """Replace the gradients by their sums over all processes; return the shares of the whole batch.
 
-    Every process has weighed its images by 1 / batchSize, so sums are what one process would have got.
+    Every process has weighed its images by 1 / batchSize, so sums are what one process would have got. Of the batch it
+    has the part that its rank says, in order (`data.Share`).
     """
     if peers.world_size == 1:
-        return loss
-    parameters = [parameter for parameter in trained.parameters.values() if parameter.grad is not None]
-    *sums, total = peers.add_up([*(p.grad for p in parameters if p.grad is not None), loss])
-    for parameter, gradient in zip(parameters, sums, strict=True):
-        parameter.grad = gradient
-    return total
+        return shares
+    mine = len(shares)
+    everybodys = shares.new_zeros(peers.world_size * mine)
+    everybodys[peers.rank * mine : (peers.rank + 1) * mine] = shares
+    peers.add_up([*(p.grad for p in trained.parameters.values() if p.grad is not None), everybodys])
+    return everybodys
 
 
 def fitting_share(spec: TrainerSpec, ready: Ready, peers: Peers) -> Share:

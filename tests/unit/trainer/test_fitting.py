@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from diffusion_api.memory_reference import spec_of
+from diffusion_api.memory_table import ACTIVATIONS
 from diffusion_trainer import fitting
 from diffusion_trainer.errors import BadConfig
 
@@ -48,6 +49,75 @@ def test_only_the_lack_of_memory_does_not_fit():
     assert not fitting.fits(lambda: fail(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(RuntimeError, match="shapes"):
         fitting.fits(lambda: fail(RuntimeError("shapes do not match")))
+
+
+CUBLAS_FULL = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+CUBLAS_NOT_THERE = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+NO_ENGINE = "FIND was unable to find an engine to execute this computation"
+
+
+@pytest.mark.parametrize(
+    ("text", "roomy", "full"),
+    [
+        (CUBLAS_FULL, True, True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True, True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True, True),
+        ("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", True, True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True, True),
+        ("NCCL error ... Last error:\nCuda failure 2 'out of memory'", True, True),
+        (CUBLAS_NOT_THERE, False, True),  # also what a broken GPU says
+        (NO_ENGINE, False, True),  # also of what cuDNN cannot compute at all
+        ("CUDA error: an illegal memory access was encountered", False, False),
+        ("CUDA error: uncorrectable ECC error encountered", False, False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`", False, False),
+        ("shapes do not match", False, False),
+    ],
+)
+def test_shortage_of_memory_has_many_names(monkeypatch, text, roomy, full):
+    for state, wanted in ((False, roomy), (True, full)):
+        monkeypatch.setattr(fitting, "_gpu_is_full", lambda state=state: state)
+        assert fitting.is_shortage(RuntimeError(text)) == wanted
+
+
+def test_only_errors_of_the_device_are_shortages():
+    assert fitting.is_shortage(torch.OutOfMemoryError("whatever it says"))
+    assert not fitting.is_shortage(ValueError("CUDA out of memory"))
+    assert not fitting.is_shortage(MemoryError())
+
+
+@pytest.mark.parametrize(
+    ("there", "free", "failed", "full"),
+    [
+        (True, 10 * 2**30, 0, False),
+        (True, 10 * 2**20, 0, True),
+        (True, 10 * 2**30, 1, True),  # cuDNN tries one workspace after another, and tells of none
+        (True, None, 0, False),  # it does not even answer that
+        (False, 0, 1, False),
+    ],
+)
+def test_a_gpu_is_full_where_it_says_so(monkeypatch, there, free, failed, full):
+    def mem_get_info():
+        if free is None:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return free, 24 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": failed})
+    assert fitting._gpu_is_full() == full
+
+
+def test_what_is_computed_of_all_weights_at_once_needs_less_than_the_activations_that_are_gone_by_then():
+    for name, line in ACTIVATIONS.items():
+        if "/Denoiser/" in name and not name.startswith("UNet2D"):
+            assert line.fixed + line.per_image + line.per_latent * 64 * 64 > fitting.PART_BYTES, name
+
+
+def test_every_name_of_shortage_does_not_fit():
+    def fail():
+        raise RuntimeError(CUBLAS_FULL)
+
+    assert not fitting.fits(fail)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,22 @@ def test_each_group_has_its_learning_rate_and_may_have_no_decay():
     torch.testing.assert_close(second["a"], before - 0.05)
 
 
+@pytest.mark.parametrize("name", ON_CPU)
+def test_batched_kernels_get_few_weights_at_a_time_and_no_other_bits(monkeypatch, name):
+    """Their temporaries are as large as all weights of a group: 10 GB for the whole of SDXL."""
+    found = []
+    for at_most in (10**9, 4 * 4):
+        monkeypatch.setattr("diffusion_trainer.fitting.PART_BYTES", at_most)
+        parameters = _problem() | {f"c{i}": p for i, p in enumerate(_problem(1).values())}
+        optimizer = _made(parameters, name=name, weight_decay=0.1)
+        _train(parameters, optimizer, range(6))
+        found.append((parameters, [[p.numel() for p in group["params"]] for group in optimizer.param_groups]))
+    (whole, _), (parts, sizes) = found
+    assert sizes == ([[6], [6], [4], [4]] if name in {"Prodigy", "Lion"} else [[6, 6], [4, 4]])
+    for k, p in whole.items():
+        assert torch.equal(p, parts[k])
+
+
 @pytest.mark.parametrize(
     ("name", "text"), [("AdamW8bit", "on CPU; use AdamW"), ("Prodigy", r"textEncoder\.learningRate")]
 )

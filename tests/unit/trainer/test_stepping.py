@@ -1,5 +1,6 @@
 """One step and what may go wrong in it: memory that is short, losses that are no numbers, several processes."""
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -44,6 +45,7 @@ class FakeReady:
     """A model with one weight. A forward pass of more than `limit` images finds no memory."""
 
     limit: int = 99
+    shortage: Exception | None = None
     nonfinite: NonFinite = field(default_factory=NonFinite)
     micro_batch: int = IMAGES
 
@@ -61,7 +63,7 @@ class FakeReady:
     def errors(self, batch):
         self.seen.append(len(batch.latents))
         if len(batch.latents) > self.limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise self.shortage or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return (batch.latents.flatten(1).mean(1) - self.weight).square()
 
 
@@ -78,13 +80,15 @@ class Fellow(Peers):
         return wish or self.size() > self._limit
 
     def add_up(self, tensors):
-        return [2 * tensor for tensor in tensors]
+        for tensor in tensors:
+            tensor.mul_(2)
 
 
-def _batch(count=IMAGES, *, bad=False):
+def _batch(count=IMAGES, *, bad=()):
+    """Return a batch in which some images, or all (True), have no finite loss."""
     latents = torch.arange(1.0, count + 1).view(-1, 1, 1, 1)
     if bad:
-        latents = latents * float("nan")
+        latents[slice(None) if bad is True else list(bad)] = math.nan
     return Batch(
         latents, latents, torch.zeros(count), {}, torch.zeros(count, 6), torch.ones(count), tuple(range(count))
     )
@@ -121,6 +125,15 @@ def test_short_memory_costs_nothing_but_time(limit):
     assert set(short.seen) == {stepper.micro_batch_size}  # it stays as it was found
 
 
+def test_shortage_that_cublas_reports_is_shortage_too():
+    ready = FakeReady(limit=2, shortage=RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"))
+    stepper = _stepper(ready)
+    stepper.take([_batch()], 0)
+    assert stepper.micro_batch_size == 2
+    with pytest.raises(RuntimeError, match="launch failure"):
+        _stepper(FakeReady(limit=2, shortage=RuntimeError("CUDA error: launch failure"))).take([_batch()], 0)
+
+
 def test_a_failure_in_the_middle_leaves_no_gradients_behind():
     enough, short = FakeReady(micro_batch=4), FakeReady(micro_batch=4, limit=2)
     _stepper(enough).take(cut([_batch()], 4), 0)
@@ -153,8 +166,51 @@ def test_steps_without_numbers_are_skipped_until_they_are_too_many():
     assert not torch.equal(ready.weight, before)
     for step in (3, 4, 5):
         stepper.take([_batch(bad=True)], step)
-    with pytest.raises(Diverged, match=r"2 steps in a row.*up to step 5.*0\.1 at its peak.*0\.png, 1\.png"):
+    with pytest.raises(Diverged, match=r"2 steps in a row.*up to step 5.*0\.1 at its peak.*no image of step 5"):
         stepper.take([_batch(bad=True)], 6)
+
+
+@pytest.mark.parametrize(("micro_batch", "step"), [(IMAGES, 0), (3, 1)])
+def test_the_images_that_are_named_are_those_without_numbers(micro_batch, step):
+    stepper = _stepper(FakeReady(nonfinite=NonFinite(limit=1), micro_batch=micro_batch))
+    stepper.take(cut([_batch(bad=[2, 5])], micro_batch), step)
+    stepper.take([_batch()], step + 1)
+    first = IMAGES * (step % 2)
+    with pytest.raises(Diverged, match=rf"not finite in step {step + 1}: {first + 2}\.png, {first + 5}\.png$"):
+        stepper.finish()
+
+
+def test_the_images_of_other_processes_are_named_too():
+    class Other(Fellow):
+        """The other process has the first half of the batch, one image of which is bad."""
+
+        rank = 1
+
+        def add_up(self, tensors):
+            tensors[-1][1] = math.inf
+
+    ready = FakeReady(nonfinite=NonFinite(limit=1))
+    stepper = _stepper(ready, peers=Other(limit=99))
+    stepper.take([_batch(4, bad=[3])], 0)
+    with pytest.raises(Diverged, match=r": 1\.png, 7\.png$"):
+        stepper.finish()
+
+
+def test_no_image_is_named_where_only_gradients_are_no_numbers():
+    ready = FakeReady(nonfinite=NonFinite(limit=1))
+    ready.weight.register_hook(lambda gradient: gradient * math.inf)
+    stepper = _stepper(ready)
+    assert math.isfinite(stepper.take([_batch()], 0).loss)
+    with pytest.raises(Diverged, match=r"each image was finite in step 1, only the gradients were not") as caught:
+        stepper.finish()
+    assert ".png" not in str(caught.value)
+
+
+def test_no_image_stands_out_where_all_of_them_lose_theirs():
+    stepper = _stepper(FakeReady(nonfinite=NonFinite(limit=1)))
+    stepper.take([_batch(bad=True)], 0)
+    with pytest.raises(Diverged, match=r"no image of step 1 had a finite loss: 0\.png, .*, 3\.png and 4 more$"):
+        stepper.finish()
 
 
 def test_the_run_goes_back_where_the_policy_says_so_and_not_for_ever():
@@ -174,7 +230,7 @@ def test_the_last_steps_are_looked_at_in_the_end():
     stepper = _stepper(FakeReady(nonfinite=NonFinite(limit=1)))
     stepper.finish()
     stepper.take([_batch(bad=True)], 1)
-    with pytest.raises(Diverged, match=r"1 step was skipped, up to step 2.*8\.png"):
+    with pytest.raises(Diverged, match=r"1 step was skipped, up to step 2.*no image of step 2"):
         stepper.finish()
 
 

@@ -13,7 +13,7 @@ from diffusion_api.run import RunConfig
 from diffusion_api.status import OutputFile
 from diffusion_api.training import Ema, NonFinite, Training
 from diffusion_trainer import output
-from diffusion_trainer.bookkeeping import LeadersBooks
+from diffusion_trainer.bookkeeping import LeadersBooks, Stepped
 from diffusion_trainer.cadence import Cadence, auto_seconds, fits_grace
 from diffusion_trainer.checkpoint import Snapshot
 from diffusion_trainer.curves import Curves, Evaluation, Point
@@ -33,7 +33,7 @@ from diffusion_trainer.objectstore import open_store
 from diffusion_trainer.optim import Group, apply_update
 from diffusion_trainer.progress import Board
 from diffusion_trainer.state import Basis, made_trainable, restore, snapshot
-from diffusion_trainer.stepping import gradients
+from diffusion_trainer.stepping import Taken, gradients
 from diffusion_trainer.train import open_batches
 
 CPU = torch.device("cpu")
@@ -143,6 +143,8 @@ def test_a_batch_that_gpus_cannot_share_is_refused():
 def test_errors_of_cuda_get_their_names():
     with pytest.raises(GpuOutOfMemory, match=r"2\.00 GiB"), gpu_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(GpuOutOfMemory, match="ALLOC_FAILED"), gpu_errors():
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     with pytest.raises(GpuFault, match="ECC"), gpu_errors():
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
     with pytest.raises(RuntimeError, match="shapes"), gpu_errors():
@@ -192,15 +194,15 @@ def _cut(batch, size):
 @pytest.mark.parametrize("micro", [1, 2, 3, 4, 6, 12])
 def test_the_gradient_does_not_depend_on_the_micro_batch(micro):
     whole, cut = _ready(12), _ready(12)
-    loss = gradients([_batch(12)], whole)
+    shares = gradients([_batch(12)], whole)
     again = gradients(_cut(_batch(12), micro), cut)
-    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(again, shares)
     torch.testing.assert_close(cut.weight.grad, whole.weight.grad)
 
 
 def test_the_loss_is_the_mean_over_the_images_of_the_batch():
     ready, batch = _ready(3), _batch(3)
-    loss = gradients([batch], ready)
+    loss = gradients([batch], ready).sum()
     alphas = ready.objective.alphas[batch.times].double()
     total = 0.0
     for i in range(3):
@@ -295,16 +297,19 @@ def test_a_step_without_numbers_counts_as_skipped(loss, norm, skipped):
 
 def test_lost_losses_are_counted_and_their_images_named():
     curves, metrics, board = _curves(), Metrics(), Board(attempt=1)
-    curves.note(4, loss=torch.tensor(math.nan), learning_rate=2e-3, grad_norm=torch.tensor(1.0))
-    curves.note(5, loss=torch.tensor(1.0), learning_rate=2e-3, grad_norm=torch.tensor(math.inf))
     images = [SimpleNamespace(key=f"{i}.png") for i in range(20)]
     slots = {3: [SimpleNamespace(image=7), SimpleNamespace(image=9)]}  # steps count from 0 in the plan
     plan = SimpleNamespace(lock=SimpleNamespace(images=images), batch=slots.__getitem__)
     saver = SimpleNamespace(due=lambda _: False, announce=lambda: None)
-    reporter = SimpleNamespace(due=lambda _: True, report=lambda *_: None)
-    guard = Guard(NonFinite(), CPU)
-    LeadersBooks(board, curves, plan, reporter, saver, None, metrics, None, guard).close(5)
-    assert board.state.warnings == ("step 4 changed nothing, for its loss was nan, with 7.png, 9.png",)
+    reporter = SimpleNamespace(due=lambda _: True, report=lambda *_: None, stepped=lambda *_, **__: None)
+    books = LeadersBooks(board, curves, plan, reporter, saver, None, metrics, None, Guard(NonFinite(), CPU))
+    for step, shares, norm in ((4, [0.5, math.nan], 1.0), (5, [0.5, 0.5], math.inf)):
+        each = torch.tensor(shares)
+        books.note(Stepped(step, Taken(each.sum(), torch.tensor(norm), 2e-3, each), 0.0))
+    books.close(5)
+    assert board.state.warnings == (
+        "step 4 changed nothing, for its loss was nan: look at the images whose loss was not finite in step 4: 9.png",
+    )
     assert "diffusion_trainer_nonfinite_loss_total 1.0" in metrics.text().decode()
     assert "diffusion_trainer_skipped_steps_total 2.0" in metrics.text().decode()
 

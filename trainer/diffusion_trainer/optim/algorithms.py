@@ -19,8 +19,12 @@ from torch import nn
 
 from diffusion_api.training import Optimizer
 from diffusion_trainer.errors import BadConfig
+from diffusion_trainer.fitting import in_parts
 
 ParameterGroups = list[dict[str, Any]]
+
+_BATCHED = frozenset({"Prodigy", "Lion"})
+"""Optimizers whose kernels make a temporary as large as all weights of a group."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ def _parameter_groups(groups: Sequence[Group], settings: Optimizer) -> Parameter
         decayed = [p for p in members if group.decayed and p.ndim > 1]
         rest = [p for p in members if not (group.decayed and p.ndim > 1)]
         for part, weight_decay in ((decayed, settings.weight_decay), (rest, 0.0)):
-            if part:
-                found.append({"params": part, "weight_decay": weight_decay, "lr_scale": group.lr_scale})
+            pieces = in_parts(part) if settings.name in _BATCHED else [part]
+            found += [{"params": p, "weight_decay": weight_decay, "lr_scale": group.lr_scale} for p in pieces if p]
     return found
 
 
