@@ -14,6 +14,7 @@ from testkit.warm import WarmTrainers
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "methods").glob("*.yaml"))
 ALWAYS = "lora"
+FOLDERS = ("data", "others", "ordinary")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,8 @@ def inputs(tmp_path_factory):
     make_tiny("SD1", root / "model")
     make_tiny("UNet2D", root / "pixels")
     (root / "pixels" / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # from nothing
-    make_image_folder(root / "data", 5)
+    for number, folder in enumerate(FOLDERS):
+        make_image_folder(root / folder, 5, seed=number)
     return root
 
 
@@ -36,7 +38,10 @@ def made_tiny(spec, inputs, destination):
     """Return an example's spec with its inputs, its size, its length and its words changed, and nothing else."""
     model = "pixels" if spec["method"] == "Unconditional" else "model"
     spec["model"]["source"] = f"file://{inputs}/{model}"
-    spec["dataset"] |= {"source": f"file://{inputs}/data", "resolution": 64, "filters": {"minSide": 32}}
+    spec["dataset"] |= {"resolution": 64, "filters": {"minSide": 32}}
+    for number, source in enumerate(spec["dataset"].get("concepts") or [spec["dataset"]]):
+        source["source"] = f"file://{inputs}/{FOLDERS[number]}"
+    spec["training"].pop("epochs", None)
     spec["training"] |= {"maxSteps": 2, "batchSize": 2}
     spec["validation"] |= {"everySteps": 2, "prompts": [p | {"steps": 2} for p in spec["validation"]["prompts"]]}
     if "dreamBooth" in spec:
