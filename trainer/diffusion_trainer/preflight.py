@@ -27,7 +27,7 @@ from diffusion_trainer.stores import open_stores
 
 ATTEMPT = 0
 """Number under which a preflight speaks: it comes before the first attempt."""
-_FIELDS = ("dataset.", "model.", "output.", "method:", "fineTune.", "validation.")
+_FIELDS = ("dataset.", "model.", "output.", "method:", "fineTune.", "validation.", "training.")
 """What a message that names its field already begins with."""
 TRANSFER = TransferSettings(retries=2)
 """Patience with a storage that does not answer: a preflight that fails of it is tried again by whoever started it."""
@@ -56,7 +56,7 @@ def preflight(
         board.say(f"model.source: reading {stores.model.uri}")
         complete = not run.spec.begins_anywhere
         found = look_at(run.spec.model, stores.model, work=settings.work, complete=complete)
-        check_fit(found.family, run.spec)
+        check_fit(found.family, run.spec, predicts=found.predicts)
     except TrainerError as error:
         findings.append(_named("model.source", error))
     try:

@@ -1,14 +1,15 @@
 """A model's files are looked at before any library opens them."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from diffusion_api.job import TrainerSpec
-from diffusion_trainer.errors import BadData, InputMissing
+from diffusion_trainer.errors import BadConfig, BadData, InputMissing
 from diffusion_trainer.models import fetch_model, open_model
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, family_of
+from diffusion_trainer.models.inspection import TRAINABLE, check_files, check_fit, family_of
 from diffusion_trainer.models.sources import TextFolders, WithOtherText, WithOtherVae
 from diffusion_trainer.models.survey import look_at
 from diffusion_trainer.objectstore import open_store
@@ -278,6 +279,24 @@ def test_a_vae_is_looked_at_like_the_rest(folder, tmp_path):
     model = spec(folder, vae=(tmp_path / "other").as_uri()).model
     with pytest.raises(BadData, match="names the class 'Evil' for vae"):
         look_at(model, source, work=tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "refused"),
+    [
+        ({}, {"zeroTerminalSNR": True}, True),
+        ({"prediction_type": "epsilon"}, {"zeroTerminalSNR": True}, True),
+        ({}, {"zeroTerminalSNR": True, "predictionType": "VPrediction"}, False),
+        ({"prediction_type": "v_prediction"}, {"zeroTerminalSNR": True}, False),
+        ({}, {}, False),
+    ],
+)
+def test_noise_at_the_end_and_noise_predicted_is_refused_before_there_is_a_gpu(folder, tmp_path, own, asked, refused):
+    write(folder / "scheduler/scheduler_config.json", FILES["scheduler/scheduler_config.json"] | own)
+    found = look_at(spec(folder).model, open_store(folder.as_uri()), work=tmp_path / "work")
+    job = TrainerSpec.model_validate(spec(folder).to_json_object() | {"training": {"objective": asked}})
+    with pytest.raises(BadConfig, match="VPrediction as well") if refused else nullcontext():
+        check_fit(found.family, job, predicts=found.predicts)
 
 
 def test_text_encoders_of_another_place_count_as_far_as_it_has_them(folder, tmp_path):

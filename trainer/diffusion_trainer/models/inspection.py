@@ -19,6 +19,7 @@ from diffusion_api.model import Model
 from diffusion_trainer.errors import BadConfig, BadData, InputMissing
 
 INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 # Keys by which a configuration can name code, or libraries that load code or pickles.
 _FORBIDDEN_KEYS = frozenset({"auto_map", "custom_pipelines", "quantization_config", "trust_remote_code"})
@@ -135,8 +136,11 @@ def trainable_family(folder: Path, model: Model) -> FamilyName:
     return found
 
 
-def check_fit(family: FamilyName, spec: TrainerSpec) -> None:
-    """Raise `BadConfig` where the job asks for what a model of that family cannot do."""
+def check_fit(family: FamilyName, spec: TrainerSpec, *, predicts: str = "") -> None:
+    """Raise `BadConfig` where the job asks for what a model of that family cannot do.
+
+    `predicts` is what its noise scheduler says of the denoiser, where that has been looked at.
+    """
     for path, value, reason in spec.misfits(family):
         raise BadConfig(f"{path}: {value}: {reason}" if path != "method" else f"method: {reason}")
     single = spec.model.source.endswith(".safetensors")
@@ -144,6 +148,12 @@ def check_fit(family: FamilyName, spec: TrainerSpec) -> None:
         raise BadConfig(
             "training.objective.predictionType: Auto: model.source is a single file of SD2, which does not say what "
             "its denoiser predicts; use VPrediction for models of 768 px, Epsilon for those of 512 px (base)"
+        )
+    asked = spec.training.objective
+    if asked.zero_terminal_snr and asked.prediction_type == "Auto" and predicts == "epsilon":
+        raise BadConfig(
+            "training.objective.zeroTerminalSNR is true, but the model predicts the noise, which says nothing of the "
+            "image where all is noise; set predictionType: VPrediction as well"
         )
 
 

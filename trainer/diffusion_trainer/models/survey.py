@@ -10,7 +10,7 @@ from diffusion_api.memory_table import Architecture
 from diffusion_api.model import Family as FamilyName
 from diffusion_api.model import Model
 from diffusion_trainer.models.fetching import wanted_files
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, read_json, trainable_family
+from diffusion_trainer.models.inspection import SCHEDULER, TRAINABLE, check_files, read_json, trainable_family
 from diffusion_trainer.models.sources import Source
 from diffusion_trainer.objectstore.parallel import in_parallel
 
@@ -20,10 +20,14 @@ _DENOISERS = ("unet", "transformer")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The family of a model, and the published network that its denoiser is, None where it is another one."""
+    """The family of a model, and the published network that its denoiser is, None where it is another one.
+
+    `predicts` is what its noise scheduler says of the denoiser, in diffusers' words.
+    """
 
     family: FamilyName
     architecture: Architecture | None
+    predicts: str = ""
 
 
 def look_at(model: Model, source: Source, *, work: Path, complete: bool = True) -> Found:
@@ -54,4 +58,6 @@ def look_at(model: Model, source: Source, *, work: Path, complete: bool = True) 
     check_files(folder, TRAINABLE[family])
     configs = (folder / name / "config.json" for name in _DENOISERS)
     config = next((read_json(path) for path in configs if path.is_file()), {})
-    return Found(family, architecture_of(config))
+    noise = read_json(folder / SCHEDULER)
+    predicts = "" if family == "SD3" else str(noise.get("prediction_type", "epsilon"))
+    return Found(family, architecture_of(config), predicts)
