@@ -1,14 +1,18 @@
-"""What an exported model's noise scheduler says, read by diffusers."""
+"""What an exported model says of its noise schedule, read by diffusers, and again by us."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusion_api.training import Objective as Asked
+from diffusion_trainer import tensorfile
 from diffusion_trainer.export.model_folder import _correct_scheduler
+from diffusion_trainer.export.single_file import _markers
 from diffusion_trainer.models.loading import load_discrete_process
+from diffusion_trainer.models.single_file.configurations import _scheduler
 from diffusion_trainer.objective import process_as_asked
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -48,3 +52,27 @@ def test_nothing_changes_where_nothing_is_asked_for(tmp_path, own):
     corrected(tmp_path, config)
     assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text()) == config
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "PNDMScheduler"]
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "names"),
+    [
+        ("SDXL", ZERO, ["v_pred", "ztsnr"]),
+        ("SDXL", {"prediction_type": "VPrediction"}, ["v_pred"]),
+        ("SDXL", {}, []),
+        ("SD1", ZERO, ["v_pred", "ztsnr"]),
+        ("SD2", ZERO, []),
+        ("SDXL", {"prediction_type": "Sample"}, []),
+    ],
+)
+def test_a_single_file_says_that_it_predicts_v(tmp_path, family, asked, names):
+    """Or ComfyUI, and a job that starts from it, would take v for the noise."""
+    process = corrected(tmp_path, STABLE_DIFFUSION | {"_class_name": "DDIMScheduler"}, **asked)
+    made = _markers(SimpleNamespace(name=family, process=process))
+    tensorfile.write(tmp_path / "model.safetensors", {"x": torch.zeros(1), **made}, {})
+    read = load_file(tmp_path / "model.safetensors")
+    assert sorted(read) == sorted([*names, "x"])
+    config = _scheduler({name: tuple(tensor.shape) for name, tensor in read.items()}, family)
+    if family != "SD2" and asked.get("prediction_type") != "Sample":
+        assert config["prediction_type"] == ("v_prediction" if names else "epsilon")
+        assert config.get("rescale_betas_zero_snr", False) == ("ztsnr" in names)

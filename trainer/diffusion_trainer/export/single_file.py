@@ -16,6 +16,7 @@ from diffusion_trainer.export.components import Component, denoiser_folder, publ
 from diffusion_trainer.export.original_mmdit import mmdit
 from diffusion_trainer.export.original_text import clip, open_clip
 from diffusion_trainer.models.base import Family
+from diffusion_trainer.objective import DiscreteProcess
 
 FILE = "model.safetensors"
 _POSITIONS = "embeddings.position_ids"
@@ -35,7 +36,7 @@ def export_single_file(weights: Mapping[str, Tensor], family: Family, spec: Trai
     """
     trained = trained_components(weights, family, spec)
     names = dict.fromkeys([denoiser_folder(family), "vae", *family.text_encoders])
-    content: Component = {}
+    content = _markers(family)
     for component in names:
         tensors = trained[component] if component in trained else published(family, component)
         content |= _original(component, family.name)(tensors)
@@ -43,6 +44,18 @@ def export_single_file(weights: Mapping[str, Tensor], family: Family, spec: Trai
     path = folder / FILE
     tensorfile.write(path, content, _metadata(family, spec))
     return [path]
+
+
+def _markers(family: Family) -> Component:
+    """Return the empty tensors by which programs know a model that predicts v where its family predicts the noise.
+
+    ComfyUI looks for them in SDXL (`comfy/supported_models.py`), `models/single_file` in any; SD2 is known by itself.
+    """
+    process = family.process
+    if not isinstance(process, DiscreteProcess) or process.prediction_type != "VPrediction" or family.name == "SD2":
+        return {}
+    ends_in_noise = process.alphas_cumprod[-1] == 0
+    return {name: torch.empty(0) for name in (("v_pred", "ztsnr") if ends_in_noise else ("v_pred",))}
 
 
 def architecture(family: Family) -> str:
