@@ -91,6 +91,8 @@ class Arena:
     def writes(self, users: tuple[str, ...]) -> int:
         """Return how many writes these users made since this was last asked; Leases are not counted."""
         tally: Counter[str] = Counter()
+        if self._audit.stat().st_size < self._offset:
+            raise RuntimeError(f"{self._audit} was begun anew: writes are lost")
         with self._audit.open("rb") as log:
             log.seek(self._offset)
             for line in log:
@@ -112,6 +114,7 @@ def arena(folder: Path, *, gpus: int) -> Iterator[Arena]:
     options = {
         "audit-policy-file": policy,
         "audit-log-path": audit,
+        "audit-log-maxsize": 100_000,  # MB; beyond 100, by default, it would begin anew, and writes would be lost
         "audit-log-mode": "batch",
         "audit-log-batch-max-wait": "1s",
         # A burst of this size must not lose what is counted.
