@@ -320,6 +320,13 @@ WAITS: tuple[Wait, ...] = (
     ),
     Wait(
         _C.TAINT_OR_SELECTOR_MISMATCH,
+        "excluded",
+        "the nodes that fit are avoided for a while, because an attempt failed there",
+        "wait until the times in status.excludedNodes have passed, or ask who runs the cluster to add nodes or to look "
+        "at these: kubectl get diffusiontrainingjob --namespace {namespace} --output yaml",
+    ),
+    Wait(
+        _C.TAINT_OR_SELECTOR_MISMATCH,
         "affinity",
         "rules about other pods keep the pod from every node that fits",
         "look at what the pod's affinity or spread rules ask for: kubectl get pod {pod} --namespace {namespace} "

@@ -149,7 +149,7 @@ class KubeApi:
 
             def listening() -> bool:
                 proxy.check()
-                return (scratch / "socket").exists()
+                return _listens(scratch / "socket")
 
             wait_until(listening, describe="kubectl proxy to listen", interval=0.02)
         return self._scratch / "socket"
@@ -168,6 +168,18 @@ class KubeApi:
                     for listed in version["resources"]:
                         _register(found, listed, prefix=prefix, group=name)
         return found
+
+
+def _listens(path: Path) -> bool:
+    """Return whether somebody listens on the socket; its file is there a moment before."""
+    connection = _UnixConnection(path)
+    try:
+        connection.connect()
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    finally:
+        connection.close()
+    return True
 
 
 def _register(found: dict[str, Resource], listed: Object, *, prefix: str, group: str) -> None:

@@ -114,6 +114,11 @@ def _sentence(expression: _Expression) -> str:
     return f"{words} [{values}]" if values else words
 
 
+def forbids(requirement: str) -> bool:
+    """Return whether a requirement of `missing` is about what a node must not have or be."""
+    return requirement.partition(" ")[2].startswith(("NotIn ", "DoesNotExist"))
+
+
 def untolerated(pod: Any, node: Any) -> list[str]:
     """Return the taints that keep the pod from the node, as `key[=value]:effect`; a cordon is one of them."""
     taints = reading.entries(node, "spec", "taints")

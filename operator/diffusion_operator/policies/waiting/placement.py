@@ -18,6 +18,9 @@ SHOWN = 3
 NEW = timedelta(minutes=10)
 """A node that has just come needs so long until driver and device plugin run and it reports its GPUs."""
 
+HOSTNAME = "kubernetes.io/hostname"
+"""The label by which an attempt avoids nodes on which one before it failed."""
+
 _C = WaitingCause
 
 
@@ -111,15 +114,25 @@ def _labels(land: Landscape) -> Diagnosis | None:
     if land.both:
         return None
     found = [nodes.missing(land.pod, node) for node in land.offering]
-    # What most nodes have says least about what the pod is for: the right GPU on the wrong kind of node is nearer than
-    # another GPU.
+    # The right GPU on the wrong kind of node is nearer than another GPU: what a node must not have, it has besides what
+    # the pod is for; and what most nodes lack says least about that.
     without = Counter(requirement for missing in found for requirement in missing)
-    lacks = min(found, key=lambda missing: (len(missing), sum(without[entry] for entry in missing), missing))
+    lacks = min(
+        found,
+        key=lambda missing: (
+            len(missing),
+            sum(not nodes.forbids(entry) for entry in missing),
+            sum(without[entry] for entry in missing),
+            missing,
+        ),
+    )
     detail = (
         f"no node has what profile {land.facts.profile} asks for: {'; '.join(lacks)}; "
         f"nodes with {land.facts.resource or 'room'}: {_described(land, lacks)}"
     )
-    return diagnosis(_C.TAINT_OR_SELECTOR_MISMATCH, detail)
+    avoided = all(entry.startswith(f"{HOSTNAME} NotIn ") for entry in lacks)
+    variant = "excluded" if avoided else ""
+    return diagnosis(_C.TAINT_OR_SELECTOR_MISMATCH, detail, variant, **reading.names_of(land.pod))
 
 
 def _described(land: Landscape, lacks: list[str]) -> str:

@@ -26,7 +26,6 @@ _SAYS: tuple[tuple[tuple[str, ...], WaitingCause, str], ...] = (
     (("PodsReady condition",), _C.WAITING_FOR_PODS_READY, ""),
     (("namespace doesn't match ClusterQueue selector",), _C.QUEUE_MISSING, "namespace"),
     (("is stopped", "is inactive", "doesn't exist or inactive"), _C.QUEUE_STOPPED, ""),
-    (("Queue", "doesn't exist"), _C.QUEUE_MISSING, ""),
     (("doesn't exist", "terminating or missing"), _C.QUEUE_MISSING, ""),
     (("resources validation failed", "LimitRange", "not supported"), _C.QUEUE_MISCONFIGURED, ""),
     (("failed admission checks",), _C.WAITING_FOR_ADMISSION_CHECK, ""),
@@ -47,6 +46,11 @@ _TOPOLOGY = ("topology", "Topology")
 def is_judged(facts: WaitingFacts) -> bool:
     """Return whether Kueue has said anything of the job."""
     return bool(reading.entries(facts.workload, "status", "conditions"))
+
+
+def is_admitted(facts: WaitingFacts) -> bool:
+    """Return whether Kueue has let the job go."""
+    return _holds(facts.workload, "Admitted")
 
 
 def why_queued(facts: WaitingFacts) -> Diagnosis | None:

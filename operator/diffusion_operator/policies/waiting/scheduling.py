@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ UNSEEN = timedelta(seconds=60)
 GANG = ("gang", "minCount", "sibling pods", "pod group is not ready", "PodGroup", "minAvailable", "minMember")
 
 _C = WaitingCause
+_MISSING_CLAIM = re.compile(r"persistentvolumeclaim \"([^\"]{1,253})\" not found", re.IGNORECASE)
 
 
 def why_not_scheduled(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis:
@@ -46,7 +48,7 @@ def _gated(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis | None:
         return diagnosis(
             _C.GATED, f"pod {reading.name(pod)} has scheduling gates: {shown}", gates=shown, **reading.names_of(pod)
         )
-    if QUEUE_GATE in gates:
+    if QUEUE_GATE in gates and not queued.is_admitted(facts):
         queue = reading.text(pod, "metadata", "labels", names.LABEL_QUEUE)
         return diagnosis(_C.GATED, f"waits for Kueue; queue {queue or 'of the namespace'}", "queue")
     if gates:  # admitted; Kueue takes its gates away one by one
@@ -68,9 +70,10 @@ def _queued(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis | None
     return None
 
 
-def _preempting(_facts: WaitingFacts, pod: Any) -> Diagnosis | None:
+def _preempting(facts: WaitingFacts, pod: Any) -> Diagnosis | None:
     node = reading.text(pod, "status", "nominatedNodeName")
-    if not node:
+    # Since 1.36 a node is also nominated while its volumes are prepared: nothing was said against the pod then.
+    if not node or not said_by_scheduler(facts, pod):
         return None
     detail = f"pods of lower priority on node {node} are being stopped for pod {reading.name(pod)}"
     return diagnosis(_C.PREEMPTING_OTHERS, detail, **reading.names_of(pod))
@@ -93,10 +96,11 @@ def _claims(facts: WaitingFacts, pod: Any) -> Diagnosis | None:
     # Resources are filtered before volumes: nodes that lack some may be in the volume's zone.
     full = any(reason.says(messages.INSUFFICIENT) for reason in reasons)
     for reason in reasons:
-        lowered = reason.why.lower()
-        if "persistentvolumeclaim" in lowered and "not found" in lowered:
-            name = reason.why.split('"')[1] if reason.why.count('"') >= 2 else "<name>"
-            return diagnosis(_C.MISSING_PERSISTENT_VOLUME_CLAIM, message, **(reading.names_of(pod) | {"name": name}))
+        # Of unbound claims the scheduler also says `not found`, of something else: the claim's name decides.
+        missing = _MISSING_CLAIM.search(reason.why)
+        if missing is not None:
+            found = reading.names_of(pod) | {"name": missing[1]}
+            return diagnosis(_C.MISSING_PERSISTENT_VOLUME_CLAIM, message, **found)
         if reason.says(*messages.VOLUME_ZONE) and not full:
             return diagnosis(_C.VOLUME_BINDING, message, "zone", **reading.names_of(pod))
         if reason.says(*messages.VOLUME):
@@ -131,7 +135,20 @@ def _by_message(facts: WaitingFacts, pod: Any, *, now: datetime) -> Diagnosis:
 def _unseen(pod: Any, *, now: datetime) -> Diagnosis:
     created = reading.moment(pod, "metadata", "creationTimestamp")
     scheduler = reading.text(pod, "spec", "schedulerName") or "default-scheduler"
+    node, claims = reading.text(pod, "status", "nominatedNodeName"), _claimed(pod)
     if created is None or now - created < UNSEEN:
         return diagnosis(_C.STARTING, f"pod {reading.name(pod)} was just created", **reading.names_of(pod))
+    if node and claims:
+        detail = f"node {node} is chosen, and volumes are not there yet for {', '.join(claims)}"
+        return diagnosis(_C.VOLUME_BINDING, detail, **reading.names_of(pod))
+    if node:
+        detail = f"node {node} is chosen for pod {reading.name(pod)}, and is being prepared"
+        return diagnosis(_C.STARTING, detail, **reading.names_of(pod))
     detail = f"scheduler {scheduler} has said nothing about pod {reading.name(pod)}"
     return diagnosis(_C.UNKNOWN, detail, "scheduler", scheduler=scheduler)
+
+
+def _claimed(pod: Any) -> list[str]:
+    """Return the names of the claims that the pod mounts."""
+    volumes = reading.entries(pod, "spec", "volumes")
+    return sorted(filter(None, (reading.text(entry, "persistentVolumeClaim", "claimName") for entry in volumes)))

@@ -158,6 +158,25 @@ def _pod(*, gates: tuple[str, ...]) -> dict[str, object]:
     }
 
 
+def test_a_gate_of_an_admitted_job_is_about_to_go() -> None:
+    pod = _pod(gates=("kueue.x-k8s.io/admission",))
+    workload = {"status": {"conditions": [{"type": "Admitted", "status": "True", "reason": "Admitted"}]}}
+    now = datetime(2026, 11, 25, 0, 0, 30, tzinfo=UTC)
+    found = scheduling.why_not_scheduled(WaitingFacts(pods=(pod,), workload=workload), pod, now=now)
+    assert (found.cause, "kueue-system" in found.hint) == (WaitingCause.STARTING, False)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "forbids"),
+    [
+        ("kubernetes.io/hostname NotIn [a100-1]", True), ("gke-gpu-partition-size DoesNotExist", True),
+        ("nvidia.com/gpu.product In [A100]", False), ("pool=NotIn", False), ("gpu-memory Gt [80000]", False),
+    ],
+)  # fmt: skip
+def test_requirements_that_forbid(requirement: str, *, forbids: bool) -> None:
+    assert nodes.forbids(requirement) is forbids
+
+
 @pytest.mark.parametrize(
     ("gates", "cause"),
     [

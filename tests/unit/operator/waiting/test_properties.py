@@ -48,7 +48,9 @@ OBJECTS = st.lists(ANYTHING, max_size=4).map(tuple)
 REAL = [
     yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["facts"]
     for path in sorted((Path(__file__).parent / "corpus").glob("*.yaml"))
+    if not path.name.startswith("r-")
 ]
+"""Recorded situations are left out: most of their fields are never looked at, and damage would seldom meet others."""
 KEYS = ("pods", "events", "nodes", "others")
 
 
