@@ -12,6 +12,10 @@ from testkit import installation, kueue
 from testkit.kube import condition
 from testkit.waiting import wait_until
 
+# Two minutes of a real cluster; in every run of the tests, `integration/test_queues.py` has the same on a real Kueue with
+# nodes that are played.
+pytestmark = pytest.mark.nightly
+
 JOBS = f"{names.JOB_PLURAL}.{names.GROUP}"
 STEPS = 80
 """Enough for the job to be still at work when it is evicted, also on a fast machine."""

@@ -13,7 +13,6 @@ from testkit.tiny_families import make_tiny
 from testkit.warm import WarmTrainers
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "methods").glob("*.yaml"))
-ALWAYS = "lora"
 FOLDERS = ("data", "others", "ordinary")
 
 
@@ -52,9 +51,10 @@ def made_tiny(spec, inputs, destination):
     return spec
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=() if p.stem == ALWAYS else pytest.mark.nightly, id=p.stem) for p in EXAMPLES],
+    [pytest.param(path, id=path.stem) for path in EXAMPLES],
 )
 def test_an_example_runs(path, inputs, trainers, tmp_path):
     example = yaml.safe_load(path.read_text())
