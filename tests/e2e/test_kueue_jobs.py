@@ -12,7 +12,7 @@ from testkit import installation, kueue
 from testkit.kube import condition
 from testkit.waiting import wait_until
 
-# Two minutes of a real cluster; in every run of the tests, `integration/test_queues.py` has the same on a real Kueue with
+# Two minutes of a real cluster. `integration/test_queues.py` has the same in every run of the tests, on a real Kueue with
 # nodes that are played.
 pytestmark = pytest.mark.nightly
 
