@@ -12,8 +12,8 @@ from testkit import installation, kueue
 from testkit.kube import condition
 from testkit.waiting import wait_until
 
-# Two minutes of a real cluster. `integration/test_queues.py` has the same in every run of the tests, on a real Kueue with
-# nodes that are played.
+# Two minutes of a real cluster. `integration/test_queues.py` has the same in every run of the tests, with a real Kueue
+# and played nodes.
 pytestmark = pytest.mark.nightly
 
 JOBS = f"{names.JOB_PLURAL}.{names.GROUP}"
