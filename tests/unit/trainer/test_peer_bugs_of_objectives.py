@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from diffusion_api.training import Objective as Asked
+from diffusion_trainer.data.transforms import Geometry
 from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.methods import fine_tune
 from diffusion_trainer.models.autoencoder import Autoencoder
 from diffusion_trainer.models.sd3 import StableDiffusion3
-from diffusion_trainer.objective import DiscreteProcess, FlowObjective, objective_of, process_as_asked
+from diffusion_trainer.objective import DiscreteProcess, FlowObjective, FlowProcess, objective_of, process_as_asked
 from diffusion_trainer.objective.discrete import add_noise, snr_weights, target
 from diffusion_trainer.rng import Purpose, stream
+from diffusion_trainer.sampling import grid
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
 
@@ -125,6 +127,46 @@ def test_scripts_weigh_v_as_if_it_were_epsilon(prediction):
     check(snr_weights)
     with pytest.raises(AssertionError):
         check(planted)
+
+
+def test_min_snr_weights_are_not_defined_for_flows():
+    """Of a flow every error counts alike, whatever snrGamma is: its default must not weigh the velocity."""
+
+    class Weighed(FlowObjective):
+        def weights(self, times):
+            ratio = ((1 - times) / times).square()
+            return ratio.clamp(max=5.0) / (ratio + 1)
+
+    def check(objective):
+        assert torch.equal(objective.weights(torch.tensor([0.05, 0.3, 0.7, 1.0])), torch.ones(4))
+
+    check(objective_of(FlowProcess(3.0, {}), Asked(snr_gamma=5)))
+    with pytest.raises(AssertionError):
+        check(Weighed(3.0))
+
+
+def test_pictures_are_drawn_as_if_nothing_had_been_cut_off(monkeypatch):
+    """Interfaces let the user say another crop than (0, 0), and SDXL draws pictures without a head."""
+
+    class Family:
+        denoiser, device, latent_channels, latent_scale = nn.Linear(1, 1), "cpu", 4, 8
+
+        def decode(self, _latents):
+            return torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+
+        def release_encoders(self):
+            """Nothing is loaded."""
+
+    def check(geometry):
+        told = []
+        monkeypatch.setattr(grid, "Geometry", geometry)
+        monkeypatch.setattr(grid, "denoised", lambda *_args, geometry, **_more: told.append(geometry))
+        grid.draw(Family(), [grid.Wanted({}, seed=1, steps=1, guidance=1.0)], size=(96, 64))
+        assert told[0].tolist() == [64, 96, 0, 0, 64, 96]  # original, crop, target; height before width
+
+    check(Geometry)
+    with pytest.raises(AssertionError):
+        check(lambda **places: Geometry(**places | {"crop": (16, 0)}))
 
 
 def test_sd_scripts_653_the_vae_of_sdxl_overflows_in_fp16():
