@@ -3,6 +3,7 @@
 Told are short stories without chance; `make nightly` shows that chance finds these bugs as well.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from diffusion_operator.policies.limits import limit_is_reached
 from diffusion_operator.policies.preflight import preflight_first
 from diffusion_operator.policies.run_policy import backs_off
 from diffusion_operator.policies.ttl import has_outlived_itself
+from diffusion_operator.reconcile import Reconciler
 from diffusion_operator.state import Case, SeenPod
 from testkit.world import LOST, World
 from testkit.worlds import ChoicesWorld, DeletionWorld, LimitedWorld, PreflightWorld, QueuedWorld
@@ -142,6 +144,18 @@ class Bugs:
     def why_it_was_stopped_is_forgotten(self) -> None:
         close = stopping.close
         self.plant.setattr(stopping, "close", lambda case, **_more: close(case))
+
+    def jobs_that_are_gone_get_pods(self) -> None:
+        look = Reconciler.reconcile
+
+        async def revives(operator: Any, uid: str) -> Any:
+            if operator.knowledge.jobs.get(uid) is None and operator.cluster.pods:
+                made = copy.deepcopy(next(iter(operator.cluster.pods.values())))
+                made["metadata"]["name"] = f"cats-1-{len(operator.cluster.created)}"
+                await operator.cluster.create_pod(made)
+            return await look(operator, uid)
+
+        self.plant.setattr(Reconciler, "reconcile", revives)
 
     def each_pod_has_its_own_group(self) -> None:
         def alone(pods: Any, labels: Any, *, workload: str) -> Any:
@@ -310,6 +324,7 @@ FOUND: list[tuple[Callable[[Bugs], None], type[World], Story, str]] = [
     (Bugs.nobody_looks_after_the_backoff, World, ends("crash"), "nothing would ever happen again"),
     (Bugs.lost_nodes_are_waited_for, World, node_is_lost, "does not settle"),
     (Bugs.deleted_jobs_are_remembered, DeletionWorld, user_deletes, "remembered of a job that is gone"),
+    (Bugs.jobs_that_are_gone_get_pods, DeletionWorld, user_deletes, "a pod for a job that is gone"),
     (Bugs.pods_have_no_owner, DeletionWorld, started, "nobody collects"),
     (Bugs.an_old_spec_is_observed, World, spec_changes, "an older spec was observed"),
     (Bugs.deadlines_are_overlooked, LimitedWorld, it_takes_too_long, "started beyond the deadline"),
