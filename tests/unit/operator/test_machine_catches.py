@@ -180,7 +180,7 @@ def tell(story: Story, kind: type[World]) -> None:
     world.teardown()
 
 
-def started(world: World) -> None:
+def pods_run(world: World) -> None:
     for _ in range(2):
         world.look()
         world.everything_is_read_again()
@@ -188,6 +188,10 @@ def started(world: World) -> None:
             world.run(name, "n1")
         world.everything_is_read_again()
         check(world)
+
+
+def started(world: World) -> None:
+    pods_run(world)
     world.look()
     check(world)
 
@@ -269,7 +273,7 @@ def a_queued_job_fails(world: World) -> None:
 
 def preflight_ends(how: str) -> Story:
     def story(world: World) -> None:
-        started_preflight(world)
+        pods_run(world)
         world.end("cats-preflight", how)
         followed(world)
         world.time_passes(seconds=400)
@@ -278,18 +282,8 @@ def preflight_ends(how: str) -> Story:
     return story
 
 
-def started_preflight(world: World) -> None:
-    for _ in range(2):
-        world.look()
-        world.everything_is_read_again()
-        for name in world.pods("Pending"):
-            world.run(name, "n1")
-        world.everything_is_read_again()
-        check(world)
-
-
 def preflight_passes(world: World) -> None:
-    started_preflight(world)
+    pods_run(world)
     world.end("cats-preflight", "done")
     followed(world)
     started(world)
