@@ -16,6 +16,7 @@ from diffusion_api import names
 from diffusion_api.run import RunConfig
 from testkit.builders import last_word, make_checkpoint, make_job, make_profile, make_progress, make_report
 from testkit.kube import Object, condition
+from testkit.kubeapi import ApiError
 from testkit.operating import JOBS, MANIFEST, Installation, Kubelet, OperatorProcess, User, installed
 from testkit.process import free_ports
 from testkit.waiting import wait_until
@@ -370,6 +371,25 @@ def test_somebody_elses_job_is_left_alone(place: Place, installation: Installati
     kubelet.wait_for_pod("ours-1-0")
     assert "status" not in user.job("theirs")
     assert installation.kube.find("pods", "theirs-1-0", namespace=user.namespace) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"managedBy": "diffusion-operator.io/diffusion-operator"}, "managedBy cannot be changed"),
+        ({"method": "FineTune", "lora": None}, "method cannot be changed: it decides the result"),
+        ({"lora": {"rank": 7}}, "lora cannot be changed: it decides the result"),
+        ({"runPolicy": {"backoffLimit": 7}}, ""),
+    ],
+)
+def test_what_decides_the_result_and_who_is_in_charge_stays(place: Place, change: Object, message: str) -> None:
+    user, _ = place
+    user.create(make_job(name="theirs", managedBy="example.com/other", lora={"rank": 4, "alpha": 4}))
+    if not message:  # negative control
+        user.change("theirs", **change)
+        return
+    with pytest.raises(ApiError, match=message):
+        user.change("theirs", **change)
 
 
 def http_get(path: str) -> str:
