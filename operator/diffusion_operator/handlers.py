@@ -70,6 +70,8 @@ async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
     """Configure kopf as a mere watcher and start the controller."""
+    # A watcher that waits for credentials when the end is asked for waits for ever; the kubelet would kill after 30 s.
+    settings.process.ultimate_exiting_timeout = 25
     settings.posting.enabled = False
     settings.peering.standalone = True
     # Watching kinds and namespaces come and go would need rights on the whole cluster.
