@@ -20,6 +20,8 @@ class Concept(ApiModel):
     """How often an image of this concept is drawn, relative to the others. In each epoch the images of the concept with
     the lowest weight are used once, those of another one weight / lowest weight times; of a fraction, another part of
     the images each time is used once more."""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Probability of training an image of this concept with the empty caption; left out, captions.dropout."""
 
 
 class Buckets(ApiModel):
@@ -61,7 +63,8 @@ class Captions(ApiModel):
     prefix: Annotated[str, Field(max_length=256)] = ""
     """Put before every caption."""
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Probability of training with the empty caption, which classifier-free guidance needs."""
+    """Probability of training with the empty caption, which classifier-free guidance needs. A concept's captionDropout
+    comes before it."""
     shuffle_tags: bool = False
     """Shuffle comma-separated tags. Each cached variant of an image has an order of its own, so there are
     augmentation.variantsPerImage of them; the prefix stays in front."""
@@ -135,3 +138,9 @@ class Dataset(ApiModel):
     def sources(self) -> tuple[str, ...]:
         """Folders with images: the one, or those of the concepts in their order."""
         return (self.source,) if self.source is not None else tuple(one.source for one in self.concepts or ())
+
+    @property
+    def caption_dropouts(self) -> tuple[float, ...]:
+        """Probabilities of the empty caption, in the order of `sources`."""
+        given = [one.caption_dropout for one in self.concepts] if self.concepts is not None else [None]
+        return tuple(self.captions.dropout if own is None else own for own in given)

@@ -109,21 +109,27 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
     trained = made_trainable(attached.groups, spec.training, device=device)
     trained.optimizer.register_step_post_hook(lambda *_: attached.after_update())
     attached.train()
-    plan = Plan(
-        lock,
-        batch_size=spec.batch_size,
-        seed=seed,
-        variants=variants,
-        caption_dropout=spec.dataset.captions.dropout,
-        captions=captions,
-        prior_loss_weight=spec.dream_booth.prior_loss_weight if spec.dream_booth else 0,
-    )
+    plan = plan_of(spec, lock, captions=captions)
     extent = Extent(spec.total_steps(plan.batches_per_epoch), plan.batches_per_epoch, spec.batch_size)
     objective = objective_of(family.process, spec.training.objective).to(device.torch)
     basis = Basis(lock.sha, family.file_hashes())
     ready = Ready(device, family, cached, plan, extent, share, objective, attached, trained, basis, scorer)
     economise(spec, ready)
     return ready
+
+
+def plan_of(spec: TrainerSpec, lock: DatasetLock, *, captions: data.CaptionVariants) -> Plan:
+    """Return which images make up which step. Class images are a concept of their own, behind the job's."""
+    dataset = spec.dataset
+    return Plan(
+        lock,
+        batch_size=spec.batch_size,
+        seed=spec.training.seed,
+        variants=dataset.augmentation.variants_per_image,
+        caption_dropout=(*dataset.caption_dropouts, dataset.captions.dropout),
+        captions=captions,
+        prior_loss_weight=spec.dream_booth.prior_loss_weight if spec.dream_booth else 0,
+    )
 
 
 def economise(spec: TrainerSpec, ready: Ready) -> None:

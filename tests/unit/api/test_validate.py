@@ -117,6 +117,16 @@ def test_the_identity_of_a_job_outlives_an_upgrade():
     assert parse(job("model.vae", "s3://models/vae/")).identity() != parse(JOB).identity()
 
 
+def test_the_identity_of_a_job_with_concepts_outlives_an_upgrade():
+    made = job("dataset", {"concepts": [{"source": "s3://a/b/", "prompt": "a dog"}, {"source": "s3://a/c/"}]})
+    identity = parse(made).identity()
+    assert identity == "91f222bff737711477e2e5cfb806a9e3bfbd8a7457c11541bf70a08978fb5c29"
+    made["spec"]["dataset"]["concepts"][1]["captionDropout"] = None
+    assert parse(made).identity() == identity
+    made["spec"]["dataset"]["concepts"][1]["captionDropout"] = 0.05
+    assert parse(made).identity() != identity
+
+
 def test_the_identity_counts_the_images_measured_only_where_they_decide_when_to_stop():
     assert parse(job("validation.maxImages", 7)).identity() == parse(JOB).identity()
     stops, seven = ({"earlyStopping": {}} | more for more in ({}, {"maxImages": 7}))

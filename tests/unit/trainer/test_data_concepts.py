@@ -17,6 +17,7 @@ from diffusion_trainer.data.sharpness import sharpness
 from diffusion_trainer.data.survey import survey
 from diffusion_trainer.errors import BadData
 from diffusion_trainer.objectstore import open_store
+from diffusion_trainer.preparation import plan_of
 from testkit.tiny import make_image_folder
 
 
@@ -149,6 +150,61 @@ def test_equal_weights_change_nothing():
     plans = [Plan(lock_of((10, weight)), batch_size=3, seed=5) for weight in (1.0, 0.25, 1000.0)]
     for step in range(12):
         assert plans[0].batch(step) == plans[1].batch(step) == plans[2].batch(step)
+
+
+def dropped(plan, steps):
+    """How often the captions of each concept were dropped, and how many there were."""
+    slots = [slot for step in range(steps) for slot in plan.batch(step)]
+    assert all((slot.caption == "") == slot.drop_caption for slot in slots)
+    concepts = [plan.lock.images[slot.image].concept for slot in slots]
+    lost = Counter(concept for concept, slot in zip(concepts, slots, strict=True) if slot.drop_caption)
+    return lost, Counter(concepts)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_each_concept_drops_as_many_captions_as_it_should(seed):
+    """Each rate within four standard deviations of its binomial; of 0 and 1, exactly."""
+    asked = (0.0, 0.04, 0.3, 1.0)
+    lost, seen = dropped(Plan(lock_of(*[(20, 1.0)] * 4), batch_size=4, seed=seed, caption_dropout=asked), 3000)
+    for concept, rate in enumerate(asked):
+        spread = (rate * (1 - rate) / seen[concept]) ** 0.5
+        assert abs(lost[concept] / seen[concept] - rate) <= 4 * spread
+
+
+def test_concepts_that_drop_alike_drop_what_they_dropped_before_there_was_a_rate_of_their_own():
+    """The draws belong to (step, slot): another concept's rate moves none of them."""
+    lock = lock_of((9, 1.0), (9, 1.0))
+    one, same, other = (Plan(lock, batch_size=4, seed=2, caption_dropout=p) for p in (0.3, (0.3, 0.3), (0.3, 0.9)))
+    assert [one.batch(step) for step in range(60)] == [same.batch(step) for step in range(60)]
+    slots = [pair for step in range(60) for pair in zip(one.batch(step), other.batch(step), strict=True)]
+    first = [(a, b) for a, b in slots if lock.images[a.image].concept == 0]
+    assert all(a == b for a, b in first)
+    assert all(b.drop_caption for a, b in slots if a.drop_caption)
+    assert {slot.drop_caption for slot, _ in slots} == {True, False}
+
+
+def test_a_job_says_how_often_a_concept_drops_captions_and_captions_of_the_rest():
+    """Class images are no concept of the job's: theirs go by dataset.captions.dropout."""
+    concepts = [{"source": "file:///a/", "captionDropout": 1}, {"source": "file:///b/"}]
+    booth = {"instancePrompt": "a photo of sks dog", "classPrompt": "a photo of a dog"}
+    spec = spec_of(
+        {"concepts": concepts, "captions": {"dropout": 0.25}},
+        method="DreamBooth", dreamBooth=booth, training={"batchSize": 4},
+    )  # fmt: skip
+    assert spec.dataset.caption_dropouts == (1, 0.25)
+    kinds = [("instance", 0), ("instance", 1), ("class", 2)]
+    lock = DatasetLock(
+        tuple(
+            LockedImage(f"{concept}{i}", "k", 64, 64, "c", (64, 64), "train", concept=concept, role=role)
+            for role, concept in kinds
+            for i in range(8)
+        ), {}, {},
+    )  # fmt: skip
+    lost, seen = dropped(plan_of(spec, lock, captions=CaptionVariants(Captions(), variants=2, seed=42)), 600)
+    assert lost[0] == seen[0]
+    for concept in (1, 2):
+        assert abs(lost[concept] / seen[concept] - 0.25) <= 4 * (0.25 * 0.75 / seen[concept]) ** 0.5
+    assert Dataset(source="file:///a/").caption_dropouts == (0.05,)
 
 
 def tagged(caption, *, split="train", content="a"):

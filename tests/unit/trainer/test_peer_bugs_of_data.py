@@ -159,8 +159,8 @@ def test_caption_dropout_of_scripts_depends_on_the_number_of_processes():
             super().__init__(images, batch_size=8, seed=1, caption_dropout=0.3)
             self.numbers = np.random.default_rng(rank)
 
-        def _drops_caption(self, step, slot):  # noqa: ARG002 - that is the bug
-            return bool(self.numbers.random() < 0.3)
+        def _drops_caption(self, step, slot, probability):  # noqa: ARG002 - that is the bug
+            return bool(self.numbers.random() < probability)
 
     check(lambda _: Plan(images, batch_size=8, seed=1, caption_dropout=0.3))
     with pytest.raises(AssertionError):

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion_api.dataset import Captions
 from diffusion_trainer.data.captions import CaptionVariants
-from diffusion_trainer.data.lock import DatasetLock, Shape
+from diffusion_trainer.data.lock import DatasetLock, LockedImage, Shape
 from diffusion_trainer.rng import Purpose, stream
 
 _EPOCHS_REMEMBERED = 2
@@ -55,13 +55,14 @@ class Plan:
         batch_size: int,
         seed: int,
         variants: int = 1,
-        caption_dropout: float = 0.0,
+        caption_dropout: float | Sequence[float] = 0.0,
         captions: CaptionVariants | None = None,
         prior_loss_weight: float = 1.0,
     ) -> None:
         """Plan for `batch_size` images per optimizer step over all processes. The lock must have a training image.
 
-        `captions` gives those of the `variants` of each image; without it each has its own.
+        `captions` gives those of the `variants` of each image; without it each has its own. `caption_dropout` is the
+        probability of the empty one, of all images or by their concept.
 
         Raises ValueError where that, or an even batch for class images, is not given.
         """
@@ -109,7 +110,7 @@ class Plan:
 
     def _slot(self, step: int, slot: int, epoch: int, image: int) -> Slot:
         locked, variant = self.lock.images[image], self._variant(epoch, image)
-        dropped = self._drops_caption(step, slot)
+        dropped = self._drops_caption(step, slot, self._dropout_of(locked))
         return Slot(
             step=step,
             slot=slot,
@@ -183,7 +184,11 @@ class Plan:
             return 0
         return int(stream(self.seed, Purpose.AUGMENTATION, epoch, self.lock.images[image].id).integers(self._variants))
 
-    def _drops_caption(self, step: int, slot: int) -> bool:
-        if self._caption_dropout == 0:
+    def _dropout_of(self, image: LockedImage) -> float:
+        given = self._caption_dropout
+        return given[image.concept] if isinstance(given, Sequence) else given
+
+    def _drops_caption(self, step: int, slot: int, probability: float) -> bool:
+        if probability == 0:
             return False
-        return bool(stream(self.seed, Purpose.CAPTION_DROPOUT, step, slot).random() < self._caption_dropout)
+        return bool(stream(self.seed, Purpose.CAPTION_DROPOUT, step, slot).random() < probability)
