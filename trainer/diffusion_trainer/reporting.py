@@ -14,6 +14,27 @@ from diffusion_trainer.progress import Board
 
 LOG = logging.getLogger(__name__)
 REPORT_STEPS, LEAST_SECONDS, MOST_SECONDS = 10, 1.0, 10.0
+WINDOW_STEPS, WINDOW_SECONDS = 20, 60.0
+"""What a look at waiting takes at least: less may be one page that was read from a disk."""
+MOST_WAITING = 0.02
+"""Share of the time that steps may wait for their data before a user is told."""
+
+
+def slow_data(*, step: int, steps: int, seconds: float, waited: float) -> str | None:
+    """Return what to tell of the `steps` up to `step`, which took `seconds` and of these `waited` for their data.
+
+    "" where there is nothing to tell, None where that is too little to judge by.
+    """
+    if steps < WINDOW_STEPS or seconds < WINDOW_SECONDS:
+        return None
+    share = waited / seconds
+    if share <= MOST_WAITING:
+        return ""
+    return (
+        f"step {step}: the last {steps} steps waited for data {share:.0%} of the time: more CPU (perGpu.cpu of the "
+        "profile), more loader processes (DIFFUSION_LOADER_WORKERS in podOverrides.env) or a faster disk under "
+        "/work would make the run shorter"
+    )
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,15 @@ class Extent:
     total_steps: int
     steps_per_epoch: int
     batch_size: int
+
+
+@dataclass
+class _Window:
+    """The steps after `first_step`, and for how many seconds they have waited for data."""
+
+    first_step: int
+    began: float
+    waited: float = 0.0
 
 
 class Reporter:
@@ -43,6 +73,8 @@ class Reporter:
         self._monotonic = monotonic
         self._start_step = self._reported_step = start_step
         self._started = self._reported = self._last_step = monotonic()
+        self._window = _Window(start_step, self._started)
+        self._told_of_waiting = False
         metrics.total_steps.set(extent.total_steps)
 
     def stepped(self, step: int, *, wait_seconds: float, now: float) -> None:
@@ -55,6 +87,20 @@ class Reporter:
         self._metrics.step_duration.observe(seconds - self._last_step)
         self._last_step = seconds
         self._board.update(step=step)
+        self._window.waited += wait_seconds
+        self._look_at_waiting(step, seconds)
+
+    def _look_at_waiting(self, step: int, seconds: float) -> None:
+        """Warn once when steps wait for data, one window after the other."""
+        window = self._window
+        taken, passed = step - window.first_step, seconds - window.began
+        sentence = slow_data(step=step, steps=taken, seconds=passed, waited=window.waited)
+        if sentence is None:
+            return
+        self._window = _Window(step, seconds)
+        if sentence and not self._told_of_waiting:
+            self._told_of_waiting = True
+            self._board.warn(sentence)
 
     def due(self, step: int) -> bool:
         """Return whether it is time to read the loss from the device."""

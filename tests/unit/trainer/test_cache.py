@@ -6,17 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from diffusion_api import names
 from diffusion_api.dataset import Augmentation, Dataset
 from diffusion_trainer.cache import build, building
 from diffusion_trainer.cache.building import _shards
 from diffusion_trainer.cache.keys import latents_key, text_key
-from diffusion_trainer.data import Folder, Pictures, Variants, freeze
+from diffusion_trainer.data import Folder, Pictures, Plan, Share, Variants, freeze, open_loader
+from diffusion_trainer.data.decoding import decode
 from diffusion_trainer.data.lock import LockedImage
-from diffusion_trainer.data.transforms import Variant
+from diffusion_trainer.data.transforms import Variant, transform
 from diffusion_trainer.errors import BadData, StorageUnavailable
 from diffusion_trainer.methods import TextPath
+from diffusion_trainer.objective import DiscreteObjective
 from diffusion_trainer.objectstore import open_store
 from testkit.tiny import make_image_folder
 
@@ -103,9 +106,6 @@ def test_what_is_read_is_what_was_encoded_in_bf16(bench):
     cache = bench.build(family)
     variants = Variants(Augmentation(), seed=1)
     pictures = Pictures([bench.source], bench.root / "work")
-    from diffusion_trainer.data.decoding import decode
-    from diffusion_trainer.data.transforms import transform
-
     for i, image in enumerate(bench.lock.images):
         for k, variant in enumerate(variants.of(image)):
             pixels, _ = transform(decode(pictures.path(image)), variant, image.bucket)
@@ -117,6 +117,45 @@ def test_what_is_read_is_what_was_encoded_in_bf16(bench):
         assert (cache.text(image.caption)["text"] == len(image.caption)).all()
     assert (cache.text("")["text"] == 0).all()
     assert cache.text("")["text"].shape == (77, 8)
+
+
+def test_diffusers_sdxl_decodes_pictures_in_the_step(bench, monkeypatch):
+    """Its script opens, decodes, resizes and cuts each picture in each step, and encodes it: here a step reads."""
+    family = CountingFamily()
+    cache = bench.build(family)
+    plan = Plan(bench.lock, batch_size=2, seed=1, variants=2)
+    objective = DiscreteObjective.of(torch.linspace(0.999, 0.005, 1000), prediction="Epsilon", gamma=None)
+    pictures = Pictures([bench.source], bench.root / "work")
+
+    class AsTheScript:
+        """Reads what is not of a picture from the cache."""
+
+        geometry, text = cache.geometry, cache.text
+
+        def latents(self, number, variant):
+            image = bench.lock.images[number]
+            drawn = Variants(Augmentation(), seed=1).of(image)[variant]
+            mean, std = family.encode_images(transform(decode(pictures.path(image)), drawn, image.bucket)[0][None])
+            return mean[0], std[0]
+
+    def steps(cache):
+        return len(list(open_loader(plan, cache, steps=range(6), share=Share(2), objective=objective)))
+
+    def check(cache, forbidden):
+        def touched(*_, **__):
+            raise AssertionError("a step works on a picture")
+
+        with monkeypatch.context() as watched:
+            for owner, name in forbidden:
+                watched.setattr(owner, name, touched)
+            assert steps(cache) == 6
+
+    assert steps(AsTheScript()) == 6
+    work = [(Image, "open"), (Image.Image, "resize"), (family, "encode_images"), (family, "encode_text")]
+    check(cache, work)
+    for one in work[:3]:
+        with pytest.raises(AssertionError):
+            check(AsTheScript(), [one])
 
 
 def test_a_caption_has_a_part_for_each_name(bench):
@@ -150,9 +189,6 @@ def test_the_geometry_is_that_of_the_crop_that_was_encoded(bench):
     augmentation = Augmentation(crop="Random", variants_per_image=3)
     cache = bench.build(CountingFamily(), augmentation=augmentation)
     variants, pictures = Variants(augmentation, seed=1), Pictures([bench.source], bench.root / "work")
-    from diffusion_trainer.data.decoding import decode
-    from diffusion_trainer.data.transforms import transform
-
     for i, image in enumerate(bench.lock.images):
         for k, variant in enumerate(variants.of(image)):
             _, told = transform(decode(pictures.path(image)), variant, image.bucket)

@@ -12,7 +12,7 @@ from diffusion_api.run import ProgressReport
 from diffusion_trainer.curves import Curves, Evaluation, Point, Scored
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.progress import Board, ProgressServer, timestamp
-from diffusion_trainer.reporting import Extent, Reporter
+from diffusion_trainer.reporting import Extent, Reporter, slow_data
 
 
 class Clock:
@@ -168,3 +168,40 @@ def test_a_report_averages_since_the_last_one():
     assert "diffusion_trainer_step_duration_seconds_count 11.0" in text
     assert "diffusion_trainer_data_wait_seconds_total 2.5" in text
     assert "diffusion_trainer_last_step_timestamp_seconds 124.0" in text
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "waited", "said"),
+    [
+        (19, 600.0, 600.0, None),  # a few long steps: one of them may have met a disk that was asleep
+        (10_000, 59.9, 59.9, None),  # many short ones
+        (20, 60.0, 0.0, ""),
+        (20, 60.0, 1.2, ""),  # 2 % is what the rule allows
+        (20, 60.0, 1.21, "waited for data 2% of the time"),
+        (500, 100.0, 92.0, "the last 500 steps waited for data 92% of the time"),
+    ],
+)
+def test_when_steps_wait_for_data_too_long(steps, seconds, waited, said):
+    found = slow_data(step=700, steps=steps, seconds=seconds, waited=waited)
+    if not said:
+        assert found == said
+        return
+    assert said in found
+    assert found.startswith("step 700: ")
+    for remedy in ("perGpu.cpu", "DIFFUSION_LOADER_WORKERS", "faster disk"):
+        assert remedy in found
+    assert len(found) <= 256, "the board would cut it"
+
+
+def test_waiting_for_data_is_told_once_and_judged_by_windows():
+    """Ten minutes without waiting do not hide that each step of the eleventh waits, nor is each minute told of."""
+    clock, board, _, reporter = _reporter(total=2000)
+    for step in range(1, 601):
+        clock.now += 1.0
+        reporter.stepped(step, wait_seconds=0.001, now=0.0)
+    assert board.state.warnings == ()
+    for step in range(601, 901):
+        clock.now += 1.0
+        reporter.stepped(step, wait_seconds=0.05, now=0.0)
+    (told,) = board.state.warnings
+    assert told.startswith("step 660: the last 60 steps waited for data 5% of the time")
