@@ -90,10 +90,10 @@ def with_class_images(  # noqa: PLR0913 - what it takes to draw, and whom to tel
     booth = spec.dream_booth
     if booth is None or not booth.preserves_prior:
         return lock
-    try:
+    # The leader looks, and all do as it says: an older attempt that is not quite dead may freeze at any moment.
+    if peers.as_leader_says("class images frozen", bool(peers.leads and _is_there(state, LOCK_KEY))):
         return _joined(lock, DatasetLock.from_json(state.get(LOCK_KEY)))
-    except NotFound:
-        report("looking for class images")
+    report("looking for class images")
     wanted = wanted_images(lock, count=booth.class_images, seed=spec.training.seed)
     prompt = spec.dataset.captions.prefix + (booth.class_prompt or "")
     _draw(wanted[peers.part], family, prompt, state=state, report=report)
@@ -103,6 +103,14 @@ def with_class_images(  # noqa: PLR0913 - what it takes to draw, and whom to tel
         if peers.leads:
             _freeze(wanted, prompt, state=state, pictures=pictures)
     return _joined(lock, DatasetLock.from_json(state.get(LOCK_KEY)))
+
+
+def _is_there(state: ObjectStore, key: str) -> bool:
+    try:
+        state.head(key)
+    except NotFound:
+        return False
+    return True
 
 
 def _draw(

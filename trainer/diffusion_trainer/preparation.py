@@ -75,6 +75,7 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         lock = open_dataset(spec, stores, work=work, report=report)
     for reason, count in lock.rejected_counts.items():
         board.warn(f"{count} images are left out: {reason}, e.g. {', '.join(lock.rejected[reason][:3])}")
+    check_split(spec, lock)
     methods.check_captions(spec, (lock.images[image].caption for image in lock.training))
     with peers.node_leader_first("model"):
         folder = models.fetch_model(stores.model, work, report=report)
@@ -154,6 +155,15 @@ def narrator(board: Board, *, monotonic: Callable[[], float] = time.monotonic) -
             LOG.info(detail)
 
     return report
+
+
+def check_split(spec: TrainerSpec, lock: DatasetLock) -> None:
+    """Refuse early stopping where nothing is held out that it could go by. Raises `BadConfig`."""
+    if spec.validation.early_stopping and not lock.held_out:
+        raise BadConfig(
+            f"validation.earlyStopping goes by held-out images, but of {len(lock.images)} images none can be spared: "
+            "add images, or leave earlyStopping out"
+        )
 
 
 def check_sizes(lock: DatasetLock, family: Family) -> None:

@@ -156,6 +156,28 @@ def test_a_damaged_checkpoint_is_marked_reported_and_skipped(objects: Objects, d
     ]
 
 
+@pytest.mark.parametrize("steps", [(25, 30), (30,)])
+def test_a_run_that_goes_back_beyond_a_damaged_checkpoint_publishes_it_again(objects: Objects, steps: tuple) -> None:
+    """Within one attempt, so that the folder is the same; what publishes does not know of the damage."""
+    trainer, uploader = ledger_of(objects, 2), ledger_of(objects, 2)
+    uploader.adopt(trainer.acquire().lease)
+    uploader.publish(snapshot(30 + 10))
+    damaged = "ckpt/0000000040-a0002"
+    flip(objects.content, f"{damaged}/state.json")
+    trainer.look_again()
+    found = trainer.load()
+    assert found is not None
+    assert found.step == 30
+    for step in (*(10 + step for step in steps),):
+        uploader.publish(snapshot(step))
+    history = head_of(objects).history
+    assert [(entry.step, entry.key, entry.bad) for entry in history][-1] == (40, damaged, False)
+    assert sum(entry.key == damaged for entry in history) == 1
+    again = ledger_of(objects, 3).load()
+    assert again is not None
+    assert again.step == 40
+
+
 def test_a_reader_without_the_fence_marks_nothing(objects: Objects) -> None:
     flip(objects.content, "ckpt/0000000030-a0001/state.json")
     found = ledger_of(objects, 0).load()

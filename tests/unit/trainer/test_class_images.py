@@ -168,3 +168,22 @@ def test_a_changed_class_image_is_noticed(join):
 def test_without_a_prior_nothing_is_drawn(join, painter, booth):
     lock, _ = join(spec=spec_of(**booth))
     assert (lock, painter.drawn) == (lock_of(3), [])
+
+
+def test_all_processes_do_as_the_leader_saw(join):
+    """An older attempt that is not quite dead may freeze class images between two looks at the bucket."""
+    join()
+    met = []
+
+    class Second(Peers):
+        rank = 1
+
+        def as_leader_says(self, _name, _value):
+            return False  # it looked before
+
+        def meet(self, name):
+            met.append(name)
+
+    lock, _ = join(peers=Second())
+    assert met == ["class images"]  # where the leader waits for it
+    assert sum(one.role == "class" for one in lock.images) == 4

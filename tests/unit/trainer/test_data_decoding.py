@@ -59,13 +59,22 @@ def test_a_truncated_file_is_never_filled_up_with_grey(tmp_path, name):
     assert reason(path) == "damaged or truncated image"
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_more_transparency_than_colours_is_damage(tmp_path):
+    """Pillow decodes such a file, and fails when it is asked what it looks like."""
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 3, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"PLTE", bytes(768)), (b"tRNS", bytes(300)), (b"IDAT", zlib.compress(bytes(72)))]
+    path = tmp_path / "palette.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks) + chunk(b"IEND", b""))
+    assert reason(path) == "damaged or truncated image"
+
+
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
 def test_a_bomb_is_refused_by_its_header(tmp_path, side):
     """81, 144 and 3600 million pixels promised in 60 bytes: below, between and above Pillow's own two limits."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     path = tmp_path / "bomb.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))

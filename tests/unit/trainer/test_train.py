@@ -12,12 +12,14 @@ from diffusion_api.job import TrainerSpec
 from diffusion_api.run import RunConfig
 from diffusion_api.status import OutputFile
 from diffusion_api.training import Ema, NonFinite, Training
+from diffusion_api.validation import EarlyStopping, Validation
 from diffusion_trainer import output
 from diffusion_trainer.bookkeeping import LeadersBooks, Stepped
 from diffusion_trainer.cadence import Cadence, auto_seconds, fits_grace
 from diffusion_trainer.checkpoint import Snapshot
 from diffusion_trainer.curves import Curves, Evaluation, Point
 from diffusion_trainer.data import Batch
+from diffusion_trainer.data.lock import DatasetLock, LockedImage
 from diffusion_trainer.device import gpu_errors, micro_batch_size
 from diffusion_trainer.errors import (
     BadConfig,
@@ -31,6 +33,7 @@ from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.objective import DiscreteObjective
 from diffusion_trainer.objectstore import open_store
 from diffusion_trainer.optim import Group, apply_update
+from diffusion_trainer.preparation import check_split
 from diffusion_trainer.progress import Board
 from diffusion_trainer.state import Basis, made_trainable, restore, snapshot
 from diffusion_trainer.stepping import Taken, gradients
@@ -453,3 +456,14 @@ def test_the_model_card_gives_the_base_model_the_schedule_of_an_adapter():
     code = card.partition("```python\n")[2].partition("```")[0]
     assert compile(code.replace("<base model>", "base"), "card", "exec")
     assert 'rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"' in code
+
+
+def test_early_stopping_needs_an_image_that_can_be_spared():
+    stopping = _run(training={}).spec.model_copy(update={"validation": Validation(early_stopping=EarlyStopping())})
+    alone, held_out = (
+        LockedImage(split[0], "a.png", 64, 64, "c", (64, 64), split) for split in ("train", "validation")
+    )
+    with pytest.raises(BadConfig, match=r"validation\.earlyStopping .* of 1 images none"):
+        check_split(stopping, DatasetLock((alone,), {}, {}))
+    check_split(stopping, DatasetLock((alone, held_out), {}, {}))
+    check_split(_run().spec, DatasetLock((alone,), {}, {}))

@@ -81,10 +81,10 @@ def build(  # noqa: PLR0913 - what a cache depends on, and which part of it
     def encode_latents(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
         return _latents({key: wanted[key] for key in shard.entries}, family, pictures)
 
+    captions_of = {key: caption for caption, keys in texts.items() for key in keys.values()}
+
     def encode_text(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
-        return _text(
-            {caption: keys for caption, keys in texts.items() if shard.entries & {*keys.values()}}, text.cached
-        )
+        return _text({captions_of[key]: texts[captions_of[key]] for key in shard.entries}, text.cached)
 
     images = {key: one.image.id for key, one in wanted.items()}  # variants of an image lie together
     places = _obtained(_shards("latents", images)[part], encode_latents, shelf, report)

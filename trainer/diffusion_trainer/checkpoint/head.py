@@ -82,13 +82,15 @@ class Head:
     def committed(self, entry: Entry, *, keep_last: int, best: Best | None) -> Head:
         """Return the head after a commit: the last `keep_last` good entries, damaged ones among them, and the best.
 
-        Idempotent: an entry that is listed already is not listed twice.
+        Idempotent: an entry that is listed already is not listed twice. A damaged one gives way to what was written to
+        its folder again, after the run went back beyond it.
         """
         pinned = best or self.best
-        known_already = any(known.key == entry.key for known in self.history)
+        history = tuple(known for known in self.history if not (known.bad and known.key == entry.key))
+        known_already = any(known.key == entry.key for known in history)
         kept: list[Entry] = []
         good = 0
-        for known in reversed(self.history if known_already else (*self.history, entry)):
+        for known in reversed(history if known_already else (*history, entry)):
             if good < keep_last or (pinned is not None and known.key == pinned.key):
                 kept.append(known)
             good += not known.bad

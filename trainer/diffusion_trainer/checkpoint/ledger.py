@@ -199,6 +199,9 @@ class Ledger:
 
         """
         before = self._current()
+        if before.newest is not None and before.newest.step >= step:
+            self._held = None  # the trainer may have found that one damaged meanwhile, and gone back beyond it
+            before = self._current()
         newest = before.newest
         if newest is not None and newest.step > step:
             raise ValueError(f"publish step {step}: step {newest.step} is published already; steps only go forward")

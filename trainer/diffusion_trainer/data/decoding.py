@@ -55,14 +55,13 @@ def decode(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             _check(image)
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            return _in_srgb(ImageOps.exif_transpose(image))
     except _BOMB as error:
         raise Rejected(_too_many_pixels(), str(error)) from error
     except UnidentifiedImageError as error:
         raise Rejected("no JPEG, PNG or WebP image", str(error)) from error
     except _DAMAGE as error:
         raise Rejected("damaged or truncated image", str(error)) from error
-    return _in_srgb(upright)
 
 
 def _check(image: Image.Image) -> None:
