@@ -8,7 +8,7 @@ from typing import Literal
 from diffusion_api.meta import Cel
 from diffusion_api.method import Method
 from diffusion_api.model import Family, Model
-from diffusion_api.training import Objective
+from diffusion_api.training import SNR_GAMMA, Objective
 
 TEXT_TO_IMAGE: tuple[Family, ...] = ("SD1", "SD2", "SDXL", "SD3")
 FAMILIES: dict[Method, tuple[Family, ...]] = {
@@ -57,6 +57,9 @@ _NOISY = ("Epsilon", "VPrediction", "Sample")
 _FLOW = "family SD3 is a flow and stays one: use Auto"
 _NO_FLOW = "only family SD3 is a flow: use Auto"
 _ENDS_IN_NOISE = "family SD3 is a flow, which ends in nothing but noise as it is: leave it out"
+_UNWEIGHTED = (
+    "family SD3 is a flow, for which min-SNR weights are not defined, and its loss is not weighted: leave it out"
+)
 _NO_SHIFT = "only family SD3, which is a flow, has a shift: leave it out"
 _TEXTLESS = "family UNet2D has no text encoder: leave it out"
 _PIXELS = "family UNet2D works on pixels and has no VAE: leave it out"
@@ -98,6 +101,8 @@ def _objectives(family: Family, objective: Objective) -> Iterator[tuple[str, obj
         yield "training.objective.predictionType", predicted, _NO_FLOW
     if family != "SD3" and objective.shift is not None:
         yield "training.objective.shift", objective.shift, _NO_SHIFT
+    if family == "SD3" and objective.snr_gamma not in (None, SNR_GAMMA):
+        yield "training.objective.snrGamma", objective.snr_gamma, _UNWEIGHTED
     if family == "SD3" and objective.zero_terminal_snr:
         yield "training.objective.zeroTerminalSNR", True, _ENDS_IN_NOISE
 
@@ -150,6 +155,10 @@ def _objective_rules(known: str) -> Iterator[Cel]:
     yield Cel(f"{known}self.model.family != 'SD3' || !({predicted} in {list(_NOISY)})", f"{at}: {_FLOW}")
     yield Cel(f"{known}self.model.family == 'SD3' || !({predicted} == 'Flow')", f"{at}: {_NO_FLOW}")
     yield Cel(f"{known}self.model.family == 'SD3' || !({there}.shift))", f"training.objective.shift: {_NO_SHIFT}")
+    yield Cel(
+        f"{known}self.model.family != 'SD3' || !({there}.snrGamma)) || self.training.objective.snrGamma == {SNR_GAMMA}",
+        f"training.objective.snrGamma: {_UNWEIGHTED}",
+    )
     yield Cel(
         f"{known}self.model.family != 'SD3' || !({there}.zeroTerminalSNR) && self.training.objective.zeroTerminalSNR)",
         f"training.objective.zeroTerminalSNR: {_ENDS_IN_NOISE}",

@@ -17,6 +17,7 @@ from diffusion_api.model import Family, Model
 from diffusion_api.output import Credentials, Output
 from diffusion_api.resources import Notification, PodOverrides, Resources, RunPolicy
 from diffusion_api.training import DEFAULTS, OPTIMIZER_DEFAULTS, WHOLE_DREAMBOOTH_LEARNING_RATE, Training
+from diffusion_api.unread import unread, unread_rules
 from diffusion_api.validation import Checkpoint, Tracking, Validation
 
 _IMMUTABLE = ("method", "model", "dataset", "training", "validation", "output", "resources")
@@ -88,6 +89,7 @@ def _spec_rules() -> list[Cel]:
         *_score_rules(),
         *combinations.fit_rules(),
         *combinations.format_rules(),
+        *unread_rules(),
     ]
     rules.extend(
         Cel(f"self.{name} == oldSelf.{name}", f"{name} {_HOW_TO_CHANGE}", field=f".{name}") for name in _IMMUTABLE
@@ -176,6 +178,8 @@ class TrainerSpec(ApiModel):
                 raise ValueError(reason if path == "method" else f"{path}: {reason}")
         for name, reason in combinations.unwritable(self.method, self.trains, self.output.formats):
             raise ValueError(f"output.formats: {name}: {reason}")
+        for sentence in unread(self.method, self.model_dump(mode="json", by_alias=True)):
+            raise ValueError(sentence)
         return self
 
     @model_validator(mode="after")

@@ -128,6 +128,10 @@ _NO_TERMINAL_SNR = (
 )
 
 
+SNR_GAMMA = 5.0
+"""The default of `training.objective.snrGamma`; it stands in every job, and means nothing for a flow."""
+
+
 class Objective(ApiModel):
     """The loss."""
 
@@ -143,8 +147,9 @@ class Objective(ApiModel):
 
     prediction_type: Literal["Auto", "Epsilon", "VPrediction", "Sample", "Flow"] = "Auto"
     """What the denoiser predicts; Auto reads it from the model's noise scheduler."""
-    snr_gamma: Annotated[float, Field(gt=0, le=100)] | None = 5.0
-    """Min-SNR weighting (arXiv 2303.09556); null weighs all timesteps alike. Not defined for Flow."""
+    snr_gamma: Annotated[float, Field(gt=0, le=100)] | None = SNR_GAMMA
+    """Min-SNR weighting (arXiv 2303.09556); null weighs all timesteps alike. A flow (SD3) always does, for it is not
+    defined there: the default says nothing, and another number is refused."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0
     """Strength of the per-channel constant added to the noise, for darker darks."""
     timestep_sampling: Literal["Auto", "Uniform", "LogitNormal"] = "Auto"

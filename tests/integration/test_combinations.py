@@ -51,6 +51,35 @@ def cases():
         held_out = {"source": "s3://team-a/cats/", "validation": {"fraction": fraction}}
         yield {"method": method, "dataset": held_out, "validation": {"prompts": prompts, "scores": scores}}
     yield {"method": "DreamBooth", "lora": {"rank": 4}, **WHOLE}
+    yield from unread()
+
+
+def unread():
+    """What a method does not read, and values that ask for nothing."""
+    for family, gamma in itertools.product(("SD1", "SD3", "Auto"), (None, 3, 5)):
+        yield {"method": "LoRA", "model": {"family": family}, "training": {"objective": {"snrGamma": gamma}}}
+    folder = {"source": "s3://team-a/cats/"}
+    for method, captions in itertools.product(
+        ("Unconditional", "DreamBooth", "LoRA"),
+        ({"default": "x"}, {"prefix": "x"}, {"dropout": 0}, {"dropout": 0.2}, {"shuffleTags": True}),
+    ):
+        yield {"method": method, "dataset": folder | {"captions": captions}, **SECTIONS.get(method, {})}
+    for method, more in itertools.product(
+        ("Unconditional", "DreamBooth", "FineTune"),
+        ({}, {"prompt": "x"}, {"captionDropout": 0.3}, {"captionDropout": 0}),
+    ):
+        yield {
+            "method": method,
+            "dataset": {"source": None, "concepts": [folder, folder | more]},
+            **SECTIONS.get(method, {}),
+        }
+    for method, more in itertools.product(
+        ("Unconditional", "LoRA"), ({}, {"negativePrompt": "x"}, {"guidanceScale": 5}, {"guidanceScale": 1})
+    ):
+        yield {"method": method, "validation": {"prompts": [{"prompt": "a"}, {"prompt": "b"} | more]}}
+    for method, decay, trains in itertools.product(("TextualInversion", "LoRA"), (0, 0.01, 0.1), (False, True)):
+        sections = {"training": {"optimizer": {"weightDecay": decay}}, "model": {"textEncoder": {"train": trains}}}
+        yield {"method": method, **sections, **SECTIONS.get(method, {})}
 
 
 def said_by_python(spec):

@@ -71,6 +71,7 @@ METHODS = {
         "family": "UNet2D",
         "method": "Unconditional",
         "lora": None,
+        "dataset": {"captions": {}},
         "validation": {"prompts": []},
         "output": {"formats": ["Diffusers"]},
     },

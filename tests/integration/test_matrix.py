@@ -104,10 +104,12 @@ def a_job(method, folder, inputs, trainers):
     job = TrainerJob(folder, inputs, trainers)
     spec = job.spec()
     formats = ["Diffusers"]
+    wordless = method == "Unconditional"
     job.overrides = {
         "method": method.partition(",")[0],
         "lora": {"rank": 8, "alpha": 8} if method == "LoRA" else None,
-        "dataset": spec["dataset"] | {"captions": {"prefix": "<it> ", "dropout": 0}, "validation": {"fraction": 0.3}},
+        "dataset": spec["dataset"]
+        | {"captions": {"prefix": "" if wordless else "<it> ", "dropout": 0}, "validation": {"fraction": 0.3}},
         "training": {
             "maxSteps": STEPS,
             "learningRate": RATES[method],
@@ -117,7 +119,7 @@ def a_job(method, folder, inputs, trainers):
             },  # the first step moves nothing: its loss is the base's
             "objective": {"noiseOffset": 0},
         },
-        "validation": {"everySteps": 1, "prompts": [PROMPT]},
+        "validation": {"everySteps": 1, "prompts": [PROMPT | ({"guidanceScale": 1} if wordless else {})]},
         "checkpoint": {"interval": "100steps"},
         "output": {"destination": spec["output"]["destination"], "formats": formats},
         **SECTIONS.get(method, {}),

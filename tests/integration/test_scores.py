@@ -14,7 +14,10 @@ from testkit.warm import WarmTrainers
 pytestmark = pytest.mark.nightly
 
 WAYS = {
-    "no words": ("UNet2D", {"method": "Unconditional", "lora": None, "output": {"formats": ["Diffusers"]}}),
+    "no words": (
+        "UNet2D",
+        {"method": "Unconditional", "lora": None, "dataset": {"captions": {}}, "output": {"formats": ["Diffusers"]}},
+    ),
     "tokens, with a new word": (
         "SD1",
         {

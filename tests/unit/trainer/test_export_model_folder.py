@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion_api.job import TrainerSpec
+from diffusion_api.method import LoRA
 from diffusion_api.training import Objective as Asked
 from diffusion_trainer import tensorfile
+from diffusion_trainer.export.kohya_format import _training_metadata
 from diffusion_trainer.export.model_folder import _correct_scheduler
 from diffusion_trainer.export.single_file import _markers
 from diffusion_trainer.models.loading import load_discrete_process
 from diffusion_trainer.models.single_file.configurations import _scheduler
-from diffusion_trainer.objective import process_as_asked
+from diffusion_trainer.objective import DiscreteProcess, FlowProcess, process_as_asked
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ZERO = {"prediction_type": "VPrediction", "zero_terminal_snr": True}
@@ -76,3 +79,18 @@ def test_a_single_file_says_that_it_predicts_v(tmp_path, family, asked, names):
     if family != "SD2" and asked.get("prediction_type") != "Sample":
         assert config["prediction_type"] == ("v_prediction" if names else "epsilon")
         assert config.get("rescale_betas_zero_snr", False) == ("ztsnr" in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "process", "gamma"),
+    [
+        ("SD1", DiscreteProcess(torch.linspace(0.999, 0.005, 10), "Epsilon", {}), "5.0"),
+        ("SD3", FlowProcess(3, {}), "None"),
+    ],
+)
+def test_a_kohya_file_of_a_flow_claims_no_min_snr_weights(name, process, gamma):
+    sections = {"method": "LoRA", "model": {"source": "s3://m/x/"}, "dataset": {"source": "s3://d/x/"}}
+    spec = TrainerSpec.model_validate(sections | {"output": {"destination": "s3://o/x/"}})
+    hashes = {"unet/a": "1", "transformer/a": "1"}
+    family = SimpleNamespace(name=name, process=process, file_hashes=lambda: hashes)
+    assert _training_metadata(LoRA(), family, spec)["ss_min_snr_gamma"] == gamma

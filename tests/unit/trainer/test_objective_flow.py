@@ -110,7 +110,7 @@ def test_auto_is_what_the_model_was_made_for():
     assert process_as_asked(NOISE, Asked()) == NOISE
     assert process_as_asked(FLOW, Asked()) == process_as_asked(FLOW, Asked(prediction_type="Flow")) == FLOW
     assert objective_of(FLOW, Asked()) == FlowObjective(3.0, "LogitNormal")
-    assert objective_of(FLOW, Asked(snr_gamma=1)) == objective_of(FLOW, Asked(snr_gamma=None))  # it has no meaning
+    assert objective_of(FLOW, Asked()) == objective_of(FLOW, Asked(snr_gamma=None))  # the default has no meaning
     found = objective_of(NOISE, Asked())
     assert (found.prediction, found.sampling) == ("Epsilon", "Uniform")
 
@@ -128,6 +128,7 @@ def test_what_is_asked_for_is_honoured():
         (NOISE, {"prediction_type": "Flow"}, "predictionType is Flow, but the model is no flow; use Auto"),
         (FLOW, {"zero_terminal_snr": True}, "zeroTerminalSNR is true, but the model is a flow.*leave it out"),
         (NOISE, {"zero_terminal_snr": True}, "zeroTerminalSNR is true, but the denoiser predicts.*VPrediction"),
+        (FLOW, {"snr_gamma": 3}, "snrGamma is 3, but the model is a flow, .* not defined; leave it out"),
         (NOISE, {"shift": 3}, "shift is 3, but only flow models have one; leave it out"),
         (
             DiscreteProcess(torch.tensor([0.9, 0.5, 0.0]), "Epsilon", {}),

@@ -80,6 +80,7 @@ def _training_metadata(lora: LoRA, family: Family, spec: TrainerSpec) -> dict[st
     module = "networks.lora_sd3" if family.name == "SD3" else "networks.lora"
     module = "lycoris.kohya" if lora.use_dora else module  # kohya's own network has no magnitudes
     base = next(digest for path, digest in family.file_hashes().items() if path.startswith(denoiser_folder(family)))
+    gamma = training.objective.snr_gamma if isinstance(family.process, DiscreteProcess) else None
     text_rate = str(spec.model.text_encoder.learning_rate) if spec.model.text_encoder.train else "None"
     return {
         "ss_v2": str(family.name == "SD2"),
@@ -105,7 +106,7 @@ def _training_metadata(lora: LoRA, family: Family, spec: TrainerSpec) -> dict[st
         "ss_clip_skip": "None",
         "ss_caption_dropout_rate": str(dataset.captions.dropout),
         "ss_noise_offset": str(training.objective.noise_offset or None),
-        "ss_min_snr_gamma": str(training.objective.snr_gamma),
+        "ss_min_snr_gamma": str(gamma),
         "ss_mixed_precision": training.mixed_precision.lower(),
         "ss_new_sd_model_hash": base,
     }

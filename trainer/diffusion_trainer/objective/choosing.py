@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from diffusion_api.training import SNR_GAMMA
 from diffusion_api.training import Objective as Asked
 from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.objective.base import Objective, Process
@@ -15,13 +16,18 @@ def process_as_asked(process: Process, asked: Asked) -> Process:
     """Return the process that is trained, sampled and exported: the model's own, predicting what is asked for.
 
     Raises:
-        BadConfig: the model's process cannot predict that, or has no shift.
+        BadConfig: the model's process cannot predict that, or has no shift or no such weights.
 
     """
     wanted = asked.prediction_type
     if isinstance(process, FlowProcess):
         if wanted not in {"Auto", "Flow"}:
             raise BadConfig(f"training.objective.predictionType is {wanted}, but the model is a flow; use Auto")
+        if asked.snr_gamma not in (None, SNR_GAMMA):
+            raise BadConfig(
+                f"training.objective.snrGamma is {asked.snr_gamma:g}, but the model is a flow, for which min-SNR "
+                "weights are not defined; leave it out"
+            )
         if asked.zero_terminal_snr:
             raise BadConfig(
                 "training.objective.zeroTerminalSNR is true, but the model is a flow, which ends in nothing but noise "
@@ -60,7 +66,7 @@ def _ending_in_noise(process: DiscreteProcess) -> DiscreteProcess:
 
 
 def objective_of(process: Process, asked: Asked) -> Objective:
-    """Return the objective, its tables on the CPU. `snrGamma` is not defined for flows, and weighs nothing there."""
+    """Return the objective, its tables on the CPU. The default of `snrGamma` weighs nothing where it is a flow."""
     if isinstance(process, FlowProcess):
         sampling = "LogitNormal" if asked.timestep_sampling == "Auto" else asked.timestep_sampling
         return FlowObjective(process.shift if asked.shift is None else asked.shift, sampling)
