@@ -7,15 +7,14 @@ as honoured: the guides say what it waits for.
 import ast
 import itertools
 from pathlib import Path
-from typing import get_origin
 
 import pytest
-from pydantic import BaseModel
 from pydantic.alias_generators import to_snake
 
 from diffusion_api.combinations import FAMILIES
 from diffusion_api.job import TrainerSpec
 from diffusion_api.supported import LIMITS
+from testkit.fields import optional
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTED = {"instancePrompt": "a photo of sks dog", "classPrompt": "a photo of a dog"}
@@ -147,25 +146,6 @@ BESIDE = {
 """What has to be there for a field to be looked at."""
 
 
-def optional(section=TrainerSpec, path=""):
-    """Yield the paths of fields that have a default, in a section and in those in it; `[]` behind those of lists."""
-    for field in section.model_fields.values():
-        parts = list(flat(field.annotation))
-        inner = next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
-        listed = any(get_origin(part) is tuple for part in parts)
-        if inner is not None:
-            yield from optional(inner, f"{path}{field.alias}{'[].' if listed else '.'}")
-        if (inner is None or listed) and not field.is_required():
-            yield path + field.alias
-
-
-def flat(annotation):
-    """Yield the types of an annotation and of what it is made of."""
-    yield annotation
-    for part in getattr(annotation, "__args__", ()):
-        yield from flat(part)
-
-
 def put(content, path, value):
     *sections, last = path.split("[]")[0].split(".")
     for section in sections:
@@ -224,7 +204,7 @@ def test_every_field_stands_in_the_table():
         "output",
     )
     limited = {limit.path for limit in LIMITS}
-    fields = {path for path in optional() if path.startswith(tuple(f"{name}." for name in sections))}
+    fields = {path for path in optional(TrainerSpec) if path.startswith(tuple(f"{name}." for name in sections))}
     assert set(TABLE) == {path for path in fields - limited if not path.startswith("output.hub.")}
 
 

@@ -5,28 +5,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 
 from diffusion_api.job import TrainerSpec
 from diffusion_api.supported import LIMITS
+from testkit.fields import optional
 
 GUIDES = "\n".join(path.read_text() for path in (Path(__file__).parents[2] / "docs" / "guides").glob("*.md"))
 PROSE = re.sub(r"^```.*?^```", "", GUIDES, flags=re.MULTILINE | re.DOTALL)
 CODE = [code.replace("[]", "") for code in re.findall(r"`([^`\n]+)`", PROSE)]
 SECTIONS = ["training", "lora", "dreamBooth", "fineTune", "textualInversion", "dataset", "validation", "checkpoint"]
-
-
-def optional(section, path=""):
-    """Yield the paths of the fields that have a default, in a section and in the sections in it."""
-    for field in section.model_fields.values():
-        kinds = [
-            kind for kind in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(kind, type)
-        ]
-        inner = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
-        if inner is not None:
-            yield from optional(inner, f"{path}{field.alias}.")
-        elif not field.is_required():
-            yield path + field.alias
 
 
 FIELDS = sorted(
@@ -39,5 +26,5 @@ LAST = Counter(path.rpartition(".")[2] for path in FIELDS)
 def test_a_field_is_named_in_a_guide(path):
     """By its name in code, with the section where another one has a field of that name."""
     *_, parent, name = path.split(".")
-    wanted = name if LAST[name] == 1 else f"{parent}.{name}"
+    wanted = name if LAST[name] == 1 else f"{parent.removesuffix('[]')}.{name}"
     assert any(re.search(rf"\b{re.escape(wanted)}\b", code) for code in CODE), wanted

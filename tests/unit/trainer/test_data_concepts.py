@@ -224,6 +224,14 @@ def test_tags_are_shuffled_for_each_variant_and_the_prefix_stays():
     assert variants[:2] == CaptionVariants(captions, variants=2, seed=1).of(image)
 
 
+def test_a_comma_too_many_makes_no_tag():
+    """Files of taggers end in a comma: shuffled, it would stand anywhere, as a tag without words."""
+    captions = Captions(shuffleTags=True, prefix="sks, ")
+    for text in CaptionVariants(captions, variants=8, seed=1).of(tagged("sks, red,, green, ")):
+        assert sorted(text.removeprefix("sks, ").split(", ")) == ["green", "red"]
+    assert CaptionVariants(captions, variants=2, seed=1).of(tagged("sks, ")) == ("sks, ",) * 2
+
+
 def test_captions_stay_as_they_are_where_nothing_is_shuffled():
     image = tagged("red, green , blue")
     assert CaptionVariants(Captions(), variants=3, seed=1).of(image) == ("red, green , blue",) * 3

@@ -30,6 +30,6 @@ class CaptionVariants:
 
     def _shuffled(self, image: LockedImage, number: int) -> str:
         prefix = self._captions.prefix
-        tags = [tag.strip() for tag in image.caption.removeprefix(prefix).split(",")]
+        tags = [tag for part in image.caption.removeprefix(prefix).split(",") if (tag := part.strip())]
         order = stream(self._seed, Purpose.TAGS, image.id, number).permutation(len(tags))
         return prefix + ", ".join(tags[place] for place in order)
