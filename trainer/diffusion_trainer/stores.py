@@ -11,7 +11,7 @@ from diffusion_api import names
 from diffusion_api.model import Model
 from diffusion_api.run import RunConfig
 from diffusion_trainer.models.single_file import SingleFile
-from diffusion_trainer.models.sources import Source, TextFolders, WithOtherText, WithOtherVae
+from diffusion_trainer.models.sources import Source, TextFolders, Unfolded, WithOtherText, WithOtherVae
 from diffusion_trainer.objectstore import Credentials, ObjectStore, join_uri, open_store, split_uri
 from diffusion_trainer.objectstore.settings import TransferSettings
 
@@ -65,7 +65,7 @@ def _model(model: Model, opened: Callable[[str], ObjectStore]) -> Source:
         root, key = split_uri(model.source)
         found = SingleFile(opened(root), key, elsewhere=elsewhere)
     else:
-        found = opened(model.source)
+        found = Unfolded(opened(model.source))
     if text:
         found = WithOtherText(found, text)
     return WithOtherVae(found, opened(model.vae)) if model.vae else found

@@ -67,8 +67,13 @@ def trained_components(weights: Mapping[str, Tensor], family: Family, spec: Trai
             base = {n: t for n, t in family.denoiser.state_dict().items() if n not in parameters} | trained
         if strangers := sorted(trained.keys() - base.keys()):
             raise ValueError(f"export: {strangers[0]} and {len(strangers) - 1} more are no weights of {folder}")
-        made[folder] = {n: trained.get(n, t).detach().float() for n, t in base.items()}
+        made[folder] = {n: _single(trained.get(n, t).detach()) for n, t in base.items()}
     return made
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Return numbers as fp32, and positions of tokens, which published files hold, as the integers that they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _as_published(name: str, base: Component) -> str:

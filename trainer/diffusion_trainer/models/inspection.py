@@ -182,6 +182,41 @@ def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, 
     return weights
 
 
+def check_networks(folder: Path, family: FamilyName) -> None:
+    """Raise `BadData` for a denoiser, or a VAE beside it, that cannot be trained as the family's is."""
+    if family == "UNet2D":
+        _check_unconditional(read_json(folder / "unet" / "config.json"))
+        return
+    component, channels = ("transformer", 16) if family == "SD3" else ("unet", 4)
+    wanted = read_json(folder / component / "config.json").get("in_channels", channels)
+    if wanted != channels:
+        raise BadData(
+            f"model: {component}/config.json has in_channels {wanted}, as inpainting models have; a text-to-image "
+            f"model has {channels}: use that"
+        )
+    vae = read_json(folder / "vae" / "config.json")
+    latents = vae.get("latent_channels", 4)
+    if latents != channels:
+        raise BadData(
+            f"model: vae/config.json has latent_channels {latents}, but the denoiser takes {channels}; use the VAE "
+            "that belongs to the family (model.vae)"
+        )
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise BadData(
+            "model: vae/config.json has latents_mean and latents_std, as models have that were not trained on "
+            "scaled latents alone; use another model, or another VAE (model.vae)"
+        )
+
+
+def _check_unconditional(config: Mapping[str, Any]) -> None:
+    wrong = {name: config[name] for name in ("in_channels", "out_channels") if config.get(name, 3) != 3}
+    if wrong or config.get("class_embed_type") or config.get("num_class_embeds"):
+        raise BadData(
+            f"model: unet/config.json has {wrong or 'class embeddings'}; an unconditional model takes and gives "
+            "three channels and nothing else: use one"
+        )
+
+
 def _check_entry(name: str, component: Component, index: Mapping[str, Any]) -> None:
     entry = index.get(name)
     if not isinstance(entry, list) or len(entry) != 2 or entry == [None, None]:

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_trainer.errors import BadData
 from diffusion_trainer.models.autoencoder import Autoencoder
 from diffusion_trainer.models.files import ModelFiles
-from diffusion_trainer.models.inspection import read_json
 from diffusion_trainer.models.loading import release
 
 CLIP_TOKENS = 77
@@ -85,23 +83,6 @@ class TextToImage(ABC):
 def unet_targets(targets: str) -> list[str]:
     """Return the linear layers of a UNet's transformer blocks that get adapters."""
     return _ATTENTION if targets == "Attention" else sorted(_ATTENTION + _FEED_FORWARD)
-
-
-def check_channels(folder: Path, component: str, *, channels: int) -> None:
-    """Refuse a denoiser that wants something besides the noisy latents, and one of another VAE."""
-    config = read_json(folder / component / "config.json")
-    wanted = config.get("in_channels", channels)
-    if wanted != channels:
-        raise BadData(
-            f"model: {component}/config.json has in_channels {wanted}, as inpainting models have; a text-to-image "
-            f"model has {channels}: use that"
-        )
-    latents = read_json(folder / "vae" / "config.json").get("latent_channels", 4)
-    if latents != channels:
-        raise BadData(
-            f"model: vae/config.json has latent_channels {latents}, but the denoiser takes {channels}; use the VAE "
-            "that belongs to the family (model.vae)"
-        )
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str], *, length: int) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from diffusion_api.model import Family as FamilyName
 from diffusion_trainer.models.base import Conditioning, Targets
 from diffusion_trainer.models.files import ModelFiles
-from diffusion_trainer.models.inspection import TRAINABLE, check_files
-from diffusion_trainer.models.latent import CLIP_TOKENS, TextToImage, check_channels, token_ids
+from diffusion_trainer.models.inspection import TRAINABLE, check_files, check_networks
+from diffusion_trainer.models.latent import CLIP_TOKENS, TextToImage, token_ids
 from diffusion_trainer.models.loading import load_flow_process, load_text_encoder, load_tokenizer, loaded
 from diffusion_trainer.models.sdxl import penultimate
 from diffusion_trainer.objective import Process
@@ -40,7 +40,7 @@ class StableDiffusion3(TextToImage):
     def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
         """Check and load a model of this family. Raises `InputMissing` and `BadData`."""
         weights = check_files(folder, TRAINABLE[cls.name])
-        check_channels(folder, "transformer", channels=16)
+        check_networks(folder, cls.name)
         return cls(ModelFiles(folder, weights), device=device, dtype=dtype, weights_dtype=weights_dtype)
 
     def __init__(

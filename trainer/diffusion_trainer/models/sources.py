@@ -13,6 +13,13 @@ from diffusion_trainer.objectstore.base import ObjectInfo
 
 _VAE, _CONFIG = "vae/", "config.json"
 _TEXT = ("text_encoder", "tokenizer")
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_FOLDED = {
+    "config.json": "unet/config.json",
+    _WEIGHTS: f"unet/{_WEIGHTS}",
+    "scheduler_config.json": "scheduler/scheduler_config.json",
+}
+_BESIDE = {folded: beside for beside, folded in _FOLDED.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,39 @@ class Source(Protocol):
     def get_to_file(self, key: str, path: Path) -> ObjectInfo:
         """Download one of them."""
         ...
+
+
+class Unfolded:
+    """A model in diffusers layout whose one network may lie beside model_index.json, with its noise scheduler.
+
+    So do the published unconditional ones (google/ddpm-*); diffusers looks there for a component without a folder.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def uri(self) -> str:
+        """Return the URI of the model's folder."""
+        return self._source.uri
+
+    def list(self) -> Iterator[ObjectInfo]:
+        """Yield the model's files, those of such a network by the keys that they have in a folder of its own."""
+        for info in self._found:
+            yield replace(info, key=_FOLDED.get(info.key, info.key)) if self._beside else info
+
+    def get_to_file(self, key: str, path: Path) -> ObjectInfo:
+        """Download a file that `list` named."""
+        return self._source.get_to_file(_BESIDE.get(key, key) if self._beside else key, path)
+
+    @cached_property
+    def _found(self) -> tuple[ObjectInfo, ...]:
+        return tuple(self._source.list())
+
+    @cached_property
+    def _beside(self) -> bool:
+        keys = {info.key for info in self._found}
+        return set(_FOLDED) - {_WEIGHTS} <= keys and not any(key.startswith("unet/") for key in keys)
 
 
 class WithOtherVae:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_api.model import Family as FamilyName
-from diffusion_trainer.errors import BadData
 from diffusion_trainer.models.autoencoder import as_bytes
 from diffusion_trainer.models.base import Conditioning, Targets
 from diffusion_trainer.models.files import ModelFiles
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, read_json
+from diffusion_trainer.models.inspection import TRAINABLE, check_files, check_networks
 from diffusion_trainer.models.loading import load_discrete_process, loaded
 from diffusion_trainer.objective import Process
 
@@ -36,13 +35,7 @@ class UnconditionalUNet:
     def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
         """Check and load a model of this family. Raises `InputMissing` and `BadData`."""
         weights = check_files(folder, TRAINABLE[cls.name])
-        config = read_json(folder / "unet" / "config.json")
-        wrong = {name: config[name] for name in ("in_channels", "out_channels") if config.get(name, 3) != 3}
-        if wrong or config.get("class_embed_type") or config.get("num_class_embeds"):
-            raise BadData(
-                f"model: unet/config.json has {wrong or 'class embeddings'}; an unconditional model takes and gives "
-                "three channels and nothing else: use one"
-            )
+        check_networks(folder, cls.name)
         return cls(ModelFiles(folder, weights), device=device, dtype=dtype, weights_dtype=weights_dtype)
 
     def __init__(
