@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ from diffusion_trainer.overfitting import METRIC
 from diffusion_trainer.progress import Board, timestamp
 
 LOG = logging.getLogger(__name__)
+SLOWEST_BYTES_PER_SECOND = 10e6
+"""As long as an upload of this speed may take, waiting for it is no hang: 50 minutes for the 30 GB of a whole SDXL."""
+BEAT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Saver:
         self._saved_at = monotonic()
         self._best_step = best_step
         self._announced: Saved | None = None
+        self._bytes = 0
 
     def due(self, step: int) -> bool:
         """Return whether to save the state after `step`; a step is saved once."""
@@ -72,7 +75,7 @@ class Saver:
         """
         if best is None or best.step != step or step == self._best_step:
             return False
-        self._publisher.save(self._make(step), best=(METRIC, best.loss))
+        self._hand_over(step, best=(METRIC, best.loss))
         self._best_step = self._saved_step = step
         self._saved_at = self._monotonic()
         self.announce()
@@ -80,7 +83,7 @@ class Saver:
 
     def save_beginning(self) -> None:
         """Save the state before the first step, which is not done otherwise."""
-        self._publisher.save(self._make(0))
+        self._hand_over(0)
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Stage the state after `step`; with `wait` return only when it is acknowledged.
@@ -90,14 +93,36 @@ class Saver:
         """
         if step != self._saved_step:
             if wait or self._cadence.steps is not None:
-                self._publisher.save(self._make(step), wait=wait)
-            elif not self._publisher.try_save(self._make(step)):
+                self._hand_over(step)
+            elif not self._try_to_hand_over(step):
                 self._voices.metrics.checkpoints.labels("skipped").inc()
                 return
             self._saved_step, self._saved_at = step, self._monotonic()
-        elif wait:
-            self._publisher.flush(deadline_seconds=math.inf)
+        if wait:
+            self._acknowledge()
         self.announce()
+
+    def _hand_over(self, step: int, *, best: tuple[str, float] | None = None) -> None:
+        """Stage the state after `step` when an earlier one is acknowledged."""
+        self._acknowledge()
+        snapshot = self._make(step)
+        self._bytes = snapshot_bytes(snapshot)
+        self._publisher.save(snapshot, best=best)
+
+    def _try_to_hand_over(self, step: int) -> bool:
+        """Stage the state after `step` and return True, unless an earlier one is not acknowledged yet."""
+        snapshot = self._make(step)
+        handed_over = self._publisher.try_save(snapshot)
+        if handed_over:
+            self._bytes = snapshot_bytes(snapshot)
+        return handed_over
+
+    def _acknowledge(self) -> None:
+        """Wait until the last save is acknowledged, and show signs of life as long as that may take."""
+        patient_until = self._monotonic() + self._bytes / SLOWEST_BYTES_PER_SECOND
+        while not self._publisher.flush(deadline_seconds=BEAT_SECONDS):
+            if self._monotonic() < patient_until:
+                self._voices.board.update()
 
     def announce(self) -> None:
         """Raise what the uploader failed with, and tell of a checkpoint that was acknowledged. Costs microseconds."""

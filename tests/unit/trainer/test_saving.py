@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusion_trainer import saving
 from diffusion_trainer.cadence import Cadence
 from diffusion_trainer.checkpoint import Entry, Saved, Snapshot
 from diffusion_trainer.curves import Evaluation
@@ -22,12 +23,14 @@ class FakePublisher:
     committing: bool = True
     saves: list = field(default_factory=list)
     saved: Saved | None = None
+    in_flight: Saved | None = None
 
-    def save(self, taken, *, best=None, wait=False):
-        self.saves.append((taken.step, wait))
-        if self.committing or wait:
-            entry = Entry(taken.step, 1, f"ckpt/{taken.step}", "sha", 100.0)
-            self.saved = Saved(entry, stall_seconds=1.0, upload_seconds=2.0, size_bytes=10, best=best)
+    def save(self, taken, *, best=None):
+        self.saves.append(taken.step)
+        entry = Entry(taken.step, 1, f"ckpt/{taken.step}", "sha", 100.0)
+        self.in_flight = Saved(entry, stall_seconds=1.0, upload_seconds=2.0, size_bytes=10, best=best)
+        if self.committing:
+            self.saved = self.in_flight
 
     def try_save(self, taken):
         if not self.busy:
@@ -35,6 +38,8 @@ class FakePublisher:
         return not self.busy
 
     def flush(self, *, deadline_seconds):  # noqa: ARG002 - the protocol
+        if not self.busy:
+            self.saved = self.in_flight
         return not self.busy
 
     def poll(self):
@@ -81,7 +86,7 @@ def test_the_best_weights_are_saved_at_their_very_step_and_pinned():
     assert not saver.keep_best(3, Evaluation(2, 0.5))  # the best is another step
     assert saver.keep_best(3, Evaluation(3, 0.5))
     assert not saver.keep_best(3, Evaluation(3, 0.5))
-    assert publisher.saves == [(3, False)]
+    assert publisher.saves == [3]
     assert (board.state.best_checkpoint.step, board.state.best_checkpoint.value) == (3, 0.5)
     assert board.state.best_checkpoint.metric == "validation_loss"
     saver.save(4)
@@ -89,7 +94,7 @@ def test_the_best_weights_are_saved_at_their_very_step_and_pinned():
     assert board.state.best_checkpoint.step == 3
     # A step that was saved before it was evaluated, by an attempt that was stopped then, is pinned later.
     saver.keep_best(4, Evaluation(4, 0.4))
-    assert publisher.saves == [(3, False), (4, False), (4, False)]
+    assert publisher.saves == [3, 4, 4]
     assert board.state.best_checkpoint.step == 4
 
 
@@ -109,7 +114,7 @@ def test_a_busy_uploader_puts_a_timed_save_off():
     assert 'checkpoints_total{result="skipped"} 1.0' in metrics.text().decode()
     publisher.busy = False
     saver.save(6)
-    assert publisher.saves == [(6, False)]
+    assert publisher.saves == [6]
     clock.now = 119
     assert not saver.due(7)
     assert board.state.latest_checkpoint.step == 6
@@ -119,13 +124,33 @@ def test_the_end_waits_for_the_acknowledgement():
     publisher = FakePublisher(committing=False)
     _, board, _, saver = _saver(publisher, interval="Auto")
     saver.save(9, wait=True)
-    assert publisher.saves == [(9, True)]
+    assert publisher.saves == [9]
     assert board.state.latest_checkpoint.step == 9
     saver.save(9, wait=True)
-    assert publisher.saves == [(9, True)]
+    assert publisher.saves == [9]
 
 
-@pytest.mark.parametrize(("seconds", "saves"), [(30.0, [(3, False)]), (0.0, [])])
+def test_a_large_upload_that_is_waited_for_is_no_hang_and_one_that_hangs_is_one(monkeypatch):
+    """4,000 bytes at 100 a second: 40 seconds. The uploader answers after 100; it is asked every 5."""
+    monkeypatch.setattr(saving, "SLOWEST_BYTES_PER_SECOND", 100)
+    publisher = FakePublisher(committing=False)
+    clock, board, _, saver = _saver(publisher, interval="Auto")
+    beats = []
+
+    def flush(*, deadline_seconds):
+        if publisher.in_flight is None:
+            return True
+        clock.now += deadline_seconds
+        return clock.now > 100
+
+    monkeypatch.setattr(publisher, "flush", flush)
+    monkeypatch.setattr(board, "update", lambda **changes: beats.append(clock.now) if not changes else None)
+    saver.save(9, wait=True)
+    assert beats == [5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 35.0]
+    assert clock.now == 105
+
+
+@pytest.mark.parametrize(("seconds", "saves"), [(30.0, [3]), (0.0, [])])
 def test_giving_way_saves_what_fits(seconds, saves):
     publisher = FakePublisher()
     _, _, _, saver = _saver(publisher)
