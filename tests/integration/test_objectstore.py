@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -304,6 +304,17 @@ def test_a_server_that_is_down_is_unavailable(server: Server) -> None:
         )
         with pytest.raises(StorageUnavailable, match="check that the store is up"):
             store.get("key")
+
+
+def test_a_large_file_tells_of_itself_on_the_way(server: Server, tmp_path: Path) -> None:
+    told: list[None] = []
+    settings = replace(SMALL_PARTS, moved=lambda: told.append(None))
+    store = open_store("s3://conformance/large/", credentials=server.credentials, settings=settings)
+    (tmp_path / "file").write_bytes(content(11 * MIB))
+    store.put_file("key", tmp_path / "file")
+    assert len(told) == 3
+    store.get_to_file("key", tmp_path / "copy")
+    assert len(told) == 3 + 2  # the first part is there at once
 
 
 def test_a_failed_multipart_upload_leaves_nothing(server: Server, tmp_path: Path) -> None:

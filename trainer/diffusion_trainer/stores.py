@@ -34,22 +34,24 @@ class Stores:
 def open_stores(run: RunConfig, *, credentials: Path, settings: TransferSettings | None = None) -> Stores:
     """Return the stores; nothing is contacted yet. `credentials` is the folder of the Secret, where one is named.
 
+    Another process, which `open_state` is for, has settings of its own.
+
     Raises `PermissionDenied` when the Secret lacks a key, `InvalidUri` when a location is none.
     """
     spec = run.spec
-    opened = partial(
+    anywhere = partial(
         open_store,
         credentials=Credentials.from_folder(credentials) if spec.credentials.secret_ref else None,
         endpoint_url=spec.credentials.endpoint_url,
-        settings=settings,
     )
-    open_state = partial(opened, join_uri(spec.output.destination, names.checkpoint_prefix(run.job.uid)))
+    opened = partial(anywhere, settings=settings)
+    state = join_uri(spec.output.destination, names.checkpoint_prefix(run.job.uid))
     return Stores(
         model=_model(spec.model, opened),
         datasets=tuple(opened(source) for source in spec.dataset.sources),
         output=opened(spec.output.destination),
-        state=open_state(),
-        open_state=open_state,
+        state=opened(state),
+        open_state=partial(anywhere, state),
         scores=opened(spec.validation.scores.model) if spec.validation.scores else None,
     )
 

@@ -29,6 +29,7 @@ from diffusion_trainer.errors import CheckpointCorrupt
 from diffusion_trainer.evaluation import Evaluator
 from diffusion_trainer.guard import RollBack
 from diffusion_trainer.metrics import Metrics
+from diffusion_trainer.objectstore.settings import TransferSettings
 from diffusion_trainer.overfitting import conclusion
 from diffusion_trainer.peers import Peers, digest
 from diffusion_trainer.preparation import Ready, prepare
@@ -63,7 +64,7 @@ def train(run: RunConfig, desk: Desk, peers: Peers) -> None:
     spec, settings, board, stop = run.spec, desk.settings, desk.board, desk.stop
     with gpu_errors(), ExitStack() as stack:
         with stop.cut_short():
-            stores = open_stores(run, credentials=settings.credentials)
+            stores = open_stores(run, credentials=settings.credentials, settings=TransferSettings(moved=board.update))
             ledger = open_ledger(run, stores, on_warning=board.warn)
             publisher = None
             if peers.leads:

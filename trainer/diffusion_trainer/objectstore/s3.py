@@ -81,6 +81,7 @@ class S3Store:
                 options = {"Range": _range(offset, settings.part_bytes), "IfMatch": info.etag}
                 data, _ = self._fetch("get_to_file", key, options)
                 _write_at(file.fileno(), data, offset)
+                settings.moved()
 
             try:
                 in_parallel(fetch, range(len(first), info.size, settings.part_bytes), parallel=settings.parallel)

@@ -35,6 +35,7 @@ class MultipartUpload:
         self._path = path
         self._size = size
         self._parallel = settings.parallel
+        self._moved = settings.moved
         self._part = max(settings.part_bytes, -(-size // _MOST_PARTS // MIB) * MIB)
 
     def run(self, condition: dict[str, Any], *, find: Callable[[], ObjectInfo]) -> str:
@@ -55,9 +56,9 @@ class MultipartUpload:
                 data = _read_at(descriptor, offset, min(self._part, self._size - offset), path=self._path)
                 number = offset // self._part + 1
                 part = {"UploadId": upload, "PartNumber": number, "Body": data, **md5(data)}
-                return str(
-                    self._call("put_file", self._key, lambda client, at: client.upload_part(**at, **part))["ETag"]
-                )
+                answer = self._call("put_file", self._key, lambda client, at: client.upload_part(**at, **part))
+                self._moved()
+                return str(answer["ETag"])
 
             return in_parallel(send, range(0, self._size, self._part), parallel=self._parallel)
         finally:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 MIB = 1024 * 1024
+
+
+def _nobody() -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +26,5 @@ class TransferSettings:
     retries: int = 8
     connect_timeout_seconds: float = 5.0
     read_timeout_seconds: float = 30.0
+    moved: Callable[[], None] = _nobody
+    """Called after each part of a large file, from several threads: a download of an hour is no hang."""
