@@ -175,6 +175,14 @@ def check_sizes(lock: DatasetLock, family: Family) -> None:
                 f"dataset.resolution and dataset.buckets.step make images of {width} x {height}, but this "
                 f"{family.name} takes multiples of {multiple} only; use such a resolution and step"
             )
+    network: Any = family.denoiser
+    places = network.config.get("pos_embed_max_size")
+    longest = max((max(image.bucket) for image in lock.images), default=0)
+    if places and longest > places * multiple:
+        raise BadConfig(
+            f"dataset.resolution and dataset.buckets make images of {longest} px, but this {family.name} knows places "
+            f"of {places * multiple} px at most; use a lower resolution, or a lower dataset.filters.maxAspectRatio"
+        )
 
 
 def open_dataset(spec: TrainerSpec, stores: Stores, *, work: Path, report: Callable[[str], None]) -> DatasetLock:

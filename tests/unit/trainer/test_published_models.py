@@ -2,13 +2,15 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from diffusion_api.model import Model
-from diffusion_trainer.errors import BadData, InputMissing
+from diffusion_trainer.data import DatasetLock, LockedImage
+from diffusion_trainer.errors import BadConfig, BadData, InputMissing
 from diffusion_trainer.export import original_names
 from diffusion_trainer.export.adapter_names import kohya_denoiser
 from diffusion_trainer.export.components import _single
@@ -24,6 +26,7 @@ from diffusion_trainer.models.single_file.weights import converted
 from diffusion_trainer.models.sources import Unfolded
 from diffusion_trainer.models.survey import look_at
 from diffusion_trainer.objectstore import open_store
+from diffusion_trainer.preparation import check_sizes
 from testkit import architectures
 
 MODULES = {
@@ -87,6 +90,20 @@ def test_peft_finds_the_layers_that_are_counted(name):
         inject_adapter_in_model(LoraConfig(r=1, target_modules=wanted, init_lora_weights=False), denoiser)
     down = DOWN.replace(".weight", ".default.weight")
     assert sum(key.endswith(down) for key, _ in denoiser.named_parameters()) == MODULES[name]["Attention"]
+
+
+@pytest.mark.parametrize(("name", "side"), [("SD3-medium", 3072), ("SD3.5-medium", 6144), ("SD3.5-large", 3072)])
+def test_pictures_that_are_longer_than_the_places_of_sd3_are_refused(name, side):
+    """As 2048 px with an aspect ratio of 3 would make them; diffusers refuses them in the first step."""
+    denoiser = SimpleNamespace(config=architectures.DENOISERS[name])
+    family = SimpleNamespace(name="SD3", size_multiple=16, denoiser=denoiser)
+
+    def lock(width):
+        return DatasetLock((LockedImage("a", "a.png", 80, 80, "c", (width, 64), "train"),), {}, {})
+
+    check_sizes(lock(side), family)
+    with pytest.raises(BadConfig, match=rf"images of {side + 64} px, but this SD3 knows places of {side} px at most"):
+        check_sizes(lock(side + 64), family)
 
 
 # --- single files ---

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from diffusion_trainer.errors import BadData, InputMissing
-from diffusion_trainer.models.inspection import INDEX, TRAINABLE, Component, is_shard
+from diffusion_trainer.models.inspection import INDEX, INDEX_SUFFIX, TRAINABLE, Component, is_shard
 from diffusion_trainer.models.sources import Converted, Source
 from diffusion_trainer.objectstore.base import ObjectInfo
 from diffusion_trainer.objectstore.parallel import in_parallel
@@ -73,15 +73,15 @@ def _single_file(source: Source, found: Collection[str]) -> str:
 def _wanted(key: str, there: Collection[str]) -> bool:
     """Return whether loading may read it: not .bin files, fp16 variants, safety checkers and pictures.
 
-    Which family it is says a file that has to be fetched first, so that the components of all of them count. Shards do
-    not when the whole file is `there`.
+    Which family it is says a file that has to be fetched first, so that the components of all of them count. Shards and
+    their index do not when the whole file is `there`: diffusers would follow the index.
     """
     name, _, file = key.partition("/")
     components = [one[name] for one in TRAINABLE.values() if name in one]
     if not components or "/" in file:
         return False
     if file.endswith(_SMALL_SUFFIXES):
-        return True
+        return key.removesuffix(INDEX_SUFFIX) not in there
     return any(_holds_weights(name, file, component, there) for component in components)
 
 

@@ -31,7 +31,7 @@ _PIPELINES: dict[str, FamilyName] = {
     "DDIMPipeline": "UNet2D",
 }
 _SD2_TEXT_WIDTH = 1024
-_INDEX_SUFFIX = ".index.json"
+INDEX_SUFFIX = ".index.json"
 _SCHEDULERS = frozenset(
     {
         "DDIMScheduler",
@@ -267,7 +267,7 @@ def _keys(content: object) -> Iterator[str]:
 
 def _weights(folder: Path, relative: str) -> dict[str, Path]:
     """Return one file, or the shards of an index beside its place."""
-    path, index = folder / relative, folder / f"{relative}{_INDEX_SUFFIX}"
+    path, index = folder / relative, folder / f"{relative}{INDEX_SUFFIX}"
     if path.is_file():
         return {relative: path}
     if index.is_file():
