@@ -75,7 +75,6 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         lock = open_dataset(spec, stores, work=work, report=report)
     for reason, count in lock.rejected_counts.items():
         board.warn(f"{count} images are left out: {reason}, e.g. {', '.join(lock.rejected[reason][:3])}")
-    check_split(spec, lock)
     methods.check_captions(spec, (lock.images[image].caption for image in lock.training))
     with peers.node_leader_first("model"):
         folder = models.fetch_model(stores.model, work, report=report)
@@ -199,6 +198,7 @@ def open_dataset(spec: TrainerSpec, stores: Stores, *, work: Path, report: Calla
         work=work,
         report=report,
     )
+    check_split(spec, lock)  # not of an older lock: a run that began goes on
     try:
         stores.state.put(LOCK_KEY, lock.to_json(), if_absent=True)
     except PreconditionFailed:  # another start was first; what it froze is what counts
