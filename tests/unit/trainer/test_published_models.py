@@ -17,6 +17,7 @@ from diffusion_trainer.export.components import _single
 from diffusion_trainer.export.kohya_mmdit import Adapter, kohya_mmdit
 from diffusion_trainer.export.original_mmdit import mmdit
 from diffusion_trainer.export.original_text import clip, open_clip
+from diffusion_trainer.export.single_file import architecture
 from diffusion_trainer.methods.lora import DOWN
 from diffusion_trainer.models.latent import unet_targets
 from diffusion_trainer.models.sd3 import StableDiffusion3
@@ -107,6 +108,21 @@ def test_pictures_that_are_longer_than_the_places_of_sd3_are_refused(name, side)
 
 
 # --- single files ---
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("SD3-medium", "stable-diffusion-v3-medium"),
+        ("SD3.5-medium", "stable-diffusion-v3.5-medium"),
+        ("SD3.5-large", "stable-diffusion-v3.5-large"),
+    ],
+)
+def test_exports_of_sd3_name_the_network_as_programs_know_it(name, known):
+    """A LoRA of SD3.5 large that says it is of SD3 is offered for the wrong model, or for none."""
+    assert architecture(SimpleNamespace(name="SD3", denoiser=meta(architectures.denoiser, name))) == known
+    other = SimpleNamespace(config=architectures.DENOISERS[name] | {"num_layers": 2})
+    assert architecture(SimpleNamespace(name="SD3", denoiser=other)) == "stable-diffusion-3"
 
 
 def single(name, *, refiner=False):

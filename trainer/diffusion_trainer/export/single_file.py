@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion_api.job import TrainerSpec
+from diffusion_api.memory import architecture_of
+from diffusion_api.memory_table import Architecture
 from diffusion_api.model import Family as FamilyName
 from diffusion_trainer import tensorfile
 from diffusion_trainer.export import original_names
@@ -26,6 +29,12 @@ _ARCHITECTURES: dict[FamilyName, str] = {
     "SDXL": "stable-diffusion-xl-v1-base",
     "SD3": "stable-diffusion-3",
 }
+_SD3: dict[Architecture | None, str] = {
+    "SD3-medium": "stable-diffusion-v3-medium",
+    "SD3.5-medium": "stable-diffusion-v3.5-medium",
+    "SD3.5-large": "stable-diffusion-v3.5-large",
+}
+"""As SwarmUI knows them (T2IModelClassSorter.cs) and the published files say."""
 
 
 def export_single_file(weights: Mapping[str, Tensor], family: Family, spec: TrainerSpec, *, folder: Path) -> list[Path]:
@@ -61,6 +70,9 @@ def _markers(family: Family) -> Component:
 def architecture(family: Family) -> str:
     """Return the family's name in Stability's model specification."""
     name = _ARCHITECTURES[family.name]
+    if family.name == "SD3":
+        network: Any = family.denoiser  # torch's type knows nothing of configurations
+        return _SD3.get(architecture_of(network.config), name)
     v_prediction = family.name == "SD2" and getattr(family.process, "prediction_type", "") == "VPrediction"
     return "stable-diffusion-v2-768-v" if v_prediction else name
 
