@@ -6,6 +6,7 @@ import torch
 from diffusion_api.memory import PIXELS_ENCODED_AT_A_TIME
 from diffusion_api.memory_table import NETWORKS
 from diffusion_trainer.cache import building
+from diffusion_trainer.methods.fine_tune import _PARTS
 from testkit import architectures
 
 LINEAR_OF_ATTENTION = {
@@ -33,6 +34,10 @@ def test_counts(name):
     if name == "UNet2D":
         return  # only ever trained as a whole
     assert (count(denoiser, ".attn"), count(denoiser, ".attn2.")) == (network.attention, network.cross_attention)
+    parts = {"All": network.parameters, "Attention": network.attention, "CrossAttention": network.cross_attention}
+    weights = dict(denoiser.named_parameters())
+    for part, chosen in _PARTS.items():  # what fineTune.parts really trains
+        assert sum(weight.numel() for path, weight in weights.items() if chosen.search(path)) == parts[part]
     attention = feed_forward = 0
     for path, module in denoiser.named_modules():
         if isinstance(module, torch.nn.Linear):
