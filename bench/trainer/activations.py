@@ -279,7 +279,9 @@ def add_adapter(network: nn.Module, architecture: str, *, rank: int = LORA_RANK,
 def _text_step(case: Case) -> Step:
     low = case.precision == "BF16"
     encoders: list[Any] = [
-        faked(one.train()) for one in on_meta(lambda: architectures.text_encoders(case.architecture))
+        faked(one.train())
+        for one in on_meta(lambda: architectures.text_encoders(case.architecture))
+        if type(one).__name__.startswith("CLIP")  # T5 is never part of a step
     ]
     for encoder in encoders:
         if case.checkpointing:
@@ -326,7 +328,7 @@ def cases(only: str | None) -> list[Case]:
             continue
         for trained in ("Denoiser", *(["Adapter"] * (name != "UNet2D"))):
             found += [Case(name, trained, p, c) for p in ("BF16", "FP32") for c in (False, True)]
-        if name in {"SD1", "SD2", "SDXL"}:
+        if name in {"SD1", "SD2", "SDXL", "SD3-medium"}:  # SD3.5 has the text encoders of SD3
             found += [Case(name, "TextEncoders", p, c) for p in ("BF16", "FP32") for c in (False, True)]
         if name in {"SD1", "SD3-medium"}:  # one for 4 and one for 16 channels
             found += [Case(name, "Encoding", "FP32"), Case(name, "Decoding", "FP32")]

@@ -46,7 +46,6 @@ _CEL_KIND: dict[Kind, str] = {
 _WORDLESS = "it has no text: use method Unconditional, or a family with text"
 _WORDS = "it draws from text: use a model of family UNet2D, or another method"
 _NO_TEXT: dict[Family, str] = {
-    "SD3": "family SD3 has T5 among its text encoders, which would have to run in every step: use false",
     "UNet2D": "family UNet2D has no text encoder: use false",
 }
 _JOINT = "family SD3 has joint attention, and no cross-attention: use Attention"

@@ -37,6 +37,9 @@ and columns, Prodigy two moments, its sums and the initial weights, Lion one mom
 SMALLEST: dict[str, Architecture] = {"SD1": "SD1", "SD2": "SD2", "SDXL": "SDXL", "SD3": "SD3-medium"}
 """The smallest published network of a family; an unconditional UNet may be of any size."""
 
+_OF_TEXT: dict[Architecture, Architecture] = {"SD3.5-medium": "SD3-medium", "SD3.5-large": "SD3-medium"}
+"""Whose text encoders were measured in place of the same ones."""
+
 Peak = Literal["Training", "Preparation", "Sampling"]
 
 
@@ -79,7 +82,8 @@ def estimate(
     if network.vae:
         moments["Preparation"] = _preparation(spec, network)
         if spec.validation.draws:
-            moments["Sampling"] = resident | _sampling(spec, network)
+            learning = {"text encoders": _learning_text(spec, network)}
+            moments["Sampling"] = resident | learning | _sampling(spec, network)
     reserved = {peak: _with_reserve(parts) for peak, parts in moments.items()}
     peak = max(reserved, key=lambda moment: sum(reserved[moment].values()))
     totals = {moment: sum(parts.values()) / GIB for moment, parts in reserved.items()}
@@ -183,12 +187,20 @@ def _text_in_loop(spec: TrainerSpec, family: Architecture, *, micro_batch: int, 
     if not (spec.model.text_encoder.train or spec.trains == "Embedding"):
         return {}
     network, low = NETWORKS[family], spec.training.mixed_precision != "FP32"
-    count = sum(network.text_encoders)
-    # Always in fp32; adapters on them and new words are too few to count.
+    count = sum(network.clip_encoders)  # T5 has spoken before the first step
+    line = ACTIVATIONS[_case(_OF_TEXT.get(family, family), "TextEncoders", low=low, recomputed=recomputed)]
+    return {"text encoders": 4 * count + _learning_text(spec, network) + _at(line, micro_batch, 0)}
+
+
+def _learning_text(spec: TrainerSpec, network: Network) -> float:
+    """Return the bytes of gradients, optimizer state and averages of text encoders, beside their weights in fp32.
+
+    Adapters on them and new words are too few to count.
+    """
+    if spec.trains != "Weights" or not spec.model.text_encoder.train:
+        return 0
     learning = 4 + STATE_BYTES[spec.training.optimizer.name] + 4 * spec.training.ema.enabled
-    per_parameter = 4 + (learning if spec.trains == "Weights" else 0)
-    line = ACTIVATIONS.get(_case(family, "TextEncoders", low=low, recomputed=recomputed), Line(0, 0, 0))
-    return {"text encoders": per_parameter * count + _at(line, micro_batch, 0)}
+    return learning * sum(network.clip_encoders)
 
 
 def _preparation(spec: TrainerSpec, network: Network) -> dict[str, float]:
@@ -211,9 +223,8 @@ def _sampling(spec: TrainerSpec, network: Network) -> dict[str, float]:
 
 def _encoders(spec: TrainerSpec, network: Network) -> float:
     """Return the bytes of VAE and text encoders; T5 is kept in the precision of the run."""
-    large = [count for count in network.text_encoders if count > 10**9]
-    small = [count for count in network.text_encoders if count <= 10**9]
-    return 4 * (network.vae + sum(small)) + _bytes(spec) * sum(large)
+    clip = sum(network.clip_encoders)
+    return 4 * (network.vae + clip) + _bytes(spec) * (sum(network.text_encoders) - clip)
 
 
 def _bytes(spec: TrainerSpec) -> int:

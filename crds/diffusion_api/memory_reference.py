@@ -107,6 +107,7 @@ def memory() -> str:
             "  that autocast makes of them are in it. When they are gone, at most 256 MiB are taken by what",
             "  is computed of all weights: the sum over several GPUs, and temporaries of Lion and Prodigy.",
             "- Encoders: VAE and CLIP in fp32, T5 in the run's precision.",
+            "  In a step, where they are trained, those of CLIP: T5 never is.",
             "",
         ]
     )

@@ -49,6 +49,11 @@ class Network:
     marks: Mapping[str, tuple[object, object]] = field(default_factory=dict)
     """Entries of config.json that tell it from every other network: value, and what stands for an absent entry."""
 
+    @property
+    def clip_encoders(self) -> tuple[int, ...]:
+        """Of the text encoders that can be part of a step: all but T5."""
+        return tuple(count for count in self.text_encoders if count < _T5)
+
     def latents(self, resolution: int) -> float:
         """Return the positions of a latent image with the area of a square of that side in pixels."""
         return (resolution / self.scale) ** 2
@@ -89,7 +94,8 @@ def _mmdit(layers: int, heads: int, *, normed: bool, dual: int) -> dict[str, tup
 
 
 _CLIP_L, _CLIP_H, _CLIP_G = 123_060_480, 340_387_840, 694_659_840
-_SD3_TEXT = (123_650_304, _CLIP_G, 4_762_310_656)
+_T5 = 4_762_310_656
+_SD3_TEXT = (123_650_304, _CLIP_G, _T5)
 _VAE, _VAE_16 = 83_653_863, 83_819_683
 
 NETWORKS: dict[Architecture, Network] = {

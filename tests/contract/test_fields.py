@@ -45,7 +45,7 @@ NO_ADAPTER = lambda kind, _: kind not in {"LoRA", "DreamBooth"}  # noqa: E731
 NO_BOOTH = lambda kind, _: "DreamBooth" not in kind  # noqa: E731
 NO_TUNING = lambda kind, _: kind != "FineTune"  # noqa: E731
 NO_WORD = lambda kind, _: kind != "TextualInversion"  # noqa: E731
-NOT_TEXT = lambda kind, family: family in {"SD3", "UNet2D"} or kind == "TextualInversion"  # noqa: E731
+NOT_TEXT = lambda kind, family: family == "UNet2D" or kind == "TextualInversion"  # noqa: E731
 CROSS = lambda kind, family: kind != "FineTune" or family == "SD3"  # noqa: E731
 
 TABLE = {

@@ -75,11 +75,19 @@ METHODS = {
         "validation": {"prompts": []},
         "output": {"formats": ["Diffusers"]},
     },
-    "everything of SD3, by flow": {
+    "everything of SD3, by flow, with text": {
         "family": "SD3",
         "method": "FineTune",
         "lora": None,
-        "output": {"formats": ["Diffusers"]},
+        "model": {"textEncoder": TEXT},
+        "dataset": {"captions": {"dropout": 0.5}},
+        "output": {"formats": ["Diffusers", "SingleFile"]},
+    },
+    "adapters on SD3, with CLIP": {
+        "family": "SD3",
+        "model": {"textEncoder": TEXT},
+        "dataset": {"captions": {"dropout": 0.5}},
+        "output": {"formats": ["Diffusers", "Kohya"]},
     },
 }
 ALWAYS = list(METHODS)[:5]

@@ -11,12 +11,16 @@ from torch import nn
 from diffusion_api.job import TrainerSpec
 from diffusion_api.model import Model
 from diffusion_api.run import RunConfig
+from diffusion_api.training import Objective
 from diffusion_api.validation import SamplePrompt
+from diffusion_trainer.data import Plan, Share, open_loader
 from diffusion_trainer.data.lock import DatasetLock, LockedImage
 from diffusion_trainer.data.transforms import Variant, geometry
 from diffusion_trainer.errors import BadConfig
+from diffusion_trainer.methods import TextPath
 from diffusion_trainer.models import fetch_model, open_model
 from diffusion_trainer.models.survey import look_at
+from diffusion_trainer.objective import objective_of
 from diffusion_trainer.objectstore import open_store
 from diffusion_trainer.preparation import check_sizes
 from diffusion_trainer.rng import Purpose, stream
@@ -136,20 +140,53 @@ def test_text_is_what_the_pipeline_makes_of_it(opened, pipelines, architecture):
 
 @pytest.mark.parametrize("architecture", TEXTS)
 def test_text_from_tokens_is_differentiable_and_the_same(opened, architecture):
-    """What is cached where text encoders are trained: whole numbers, [B, length]."""
+    """What is cached where text encoders are trained: whole numbers, [B, length], and what T5 says, which never is."""
     family = opened(architecture, fresh=True)
     tokens = family.tokenize(CAPTIONS)
     assert tuple(tokens) == family.token_names
-    assert {rows.dtype for rows in tokens.values()} == {torch.int64}
+    said = {"text_3"} & tokens.keys()
+    assert {name: rows.dtype for name, rows in tokens.items()} == {
+        name: torch.float32 if name in said else torch.int64 for name in tokens
+    }
+    learning = [encoder for name, encoder in family.text_encoders.items() if not name.endswith("_3")]
     for encoder in family.text_encoders.values():
-        encoder.requires_grad_(requires_grad=True)
+        encoder.requires_grad_(requires_grad=encoder in learning)
+        if encoder not in learning:
+            encoder.register_forward_pre_hook(lambda *_: pytest.fail("T5 runs in a step"), prepend=True)
     encoded = family.encode_tokens(tokens)
-    for name, rows in family.encode_text(CAPTIONS).items():
+    for name, rows in opened(architecture).encode_text(CAPTIONS).items():
         torch.testing.assert_close(encoded[name].detach(), rows)
         assert not rows.requires_grad
     sum(rows.square().sum() for rows in encoded.values()).backward()
-    for encoder in family.text_encoders.values():
+    for encoder in learning:
         assert encoder.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_a_dropped_caption_of_sd3_is_empty_for_clip_and_t5_alike(opened):
+    """SD3's batches carry CLIP's tokens and what T5 says; one draw decides over both."""
+    family = opened("SD3")
+    images = tuple(LockedImage(f"{i:064x}", f"{i}.png", 64, 64, f"a cat {i}", (64, 64), "train") for i in range(8))
+    plan = Plan(DatasetLock(images, {}, {}), batch_size=8, seed=7, caption_dropout=0.5)
+    texts = TextPath(family, live=True).cached([f"a cat {i}" for i in range(8)] + [""])
+
+    class Cached:
+        def latents(self, *_):
+            return torch.zeros(16, 8, 8), torch.ones(16, 8, 8)
+
+        def geometry(self, *_):
+            return torch.zeros(6)
+
+        def text(self, caption):
+            row = int(caption[-1]) if caption else 8
+            return {name: rows[row] for name, rows in texts.items()}
+
+    objective = objective_of(family.process, Objective())
+    ((batch,),) = open_loader(plan, Cached(), steps=range(1), share=Share(8), objective=objective)
+    empty = {
+        name: [torch.equal(row, texts[name][8]) for row in batch.conditioning[name]] for name in family.token_names
+    }
+    assert set(map(tuple, empty.values())) == {tuple(slot.drop_caption for slot in batch.slots)}
+    assert set(empty["text_3"]) == {True, False}
 
 
 def test_the_pooled_text_of_sdxl_is_the_second_encoders_projection_at_the_end_token(opened):
@@ -171,7 +208,8 @@ def test_the_text_of_sd3_is_clip_padded_with_zeros_and_t5_behind_it(opened):
     assert (text[:77, 32 + 48 :] == 0).all()
     assert (text[77:].abs().sum(1) > 0).all()  # T5's padding is kept
     with torch.no_grad():
-        t5 = family.text_encoders["text_encoder_3"](family.tokenize(["a cat"])["tokens_3"]).last_hidden_state[0]
+        tokens = family.tokenizers["tokenizer_3"](["a cat"], padding="max_length", max_length=256, return_tensors="pt")
+        t5 = family.text_encoders["text_encoder_3"](tokens.input_ids).last_hidden_state[0]
     assert torch.equal(text[77:], t5)
 
 

@@ -57,6 +57,8 @@ SECTIONS = {
     },
     "TextualInversion": {"textualInversion": {"token": "<it>", "initializerToken": "a", "vectors": 2}},
 }
+TEXT = {("LoRA", "SD3"), ("FineTune", "SD3"), ("DreamBooth", "SDXL")}
+"""Cells in which text encoders are trained, too; of SD3 those of CLIP."""
 ALWAYS = {("LoRA", "SD3"), ("FineTune", "SD2"), ("TextualInversion", "SDXL"), ("Unconditional", "UNet2D")}
 CELLS = [
     pytest.param(method, family, marks=() if (method, family) in ALWAYS else pytest.mark.nightly)
@@ -132,6 +134,9 @@ def a_job(method, folder, inputs, trainers):
 def test_cell(method, family, inputs, trainers, tmp_path, matrix):
     folder = inputs(family)
     job = a_job(method, tmp_path, folder, trainers)
+    if (method, family) in TEXT:
+        encoder = {"train": True, "learningRate": RATES[method] / 10}
+        job.overrides["model"] = job.spec()["model"] | {"textEncoder": encoder}
     job.finish()
     lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
     before, after = lines[0]["train_subset_loss"], lines[-1]["train_subset_loss"]

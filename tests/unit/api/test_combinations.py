@@ -67,7 +67,6 @@ def test_formats(method, sections, kind, formats):
 @pytest.mark.parametrize(
     ("family", "sections", "message"),
     [
-        ("SD3", {"model": {"textEncoder": {"train": True}}}, "model.textEncoder.train: family SD3 has T5"),
         ("SD3", {"fineTune": {"parts": "CrossAttention"}}, "fineTune.parts: family SD3 has joint attention"),
     ],
 )
@@ -105,6 +104,12 @@ def test_an_unconditional_model_has_no_vae():
     with pytest.raises(ValueError, match=r"model.vae: family UNet2D works on pixels and has no VAE: leave it out"):
         spec("Unconditional", model=model | {"family": "UNet2D"})
     assert spec("LoRA", model=model | {"family": "SDXL"})
+
+
+@pytest.mark.parametrize("family", combinations.TEXT_TO_IMAGE)
+@pytest.mark.parametrize("method", ["LoRA", "DreamBooth", "FineTune"])
+def test_text_encoders_of_every_family_with_text_can_learn(method, family):
+    assert spec(method, model={"source": "s3://m/x/", "family": family, "textEncoder": {"train": True}})
 
 
 def test_an_unconditional_model_has_no_text_encoder():

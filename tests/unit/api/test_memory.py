@@ -75,6 +75,20 @@ class TestGrowth:
         line = ACTIVATIONS["SD1/TextEncoders/BF16"]
         assert (more - less) * GIB == pytest.approx((123_060_480 * 4 + line[0] + line[1]) * 1.05)
 
+    @pytest.mark.parametrize("family", ["SD3-medium", "SD3.5-large"])
+    def test_of_the_text_encoders_of_sd3_those_of_clip_are_in_the_steps(self, family):
+        clips = 123_650_304 + 694_659_840
+        line = ACTIVATIONS["SD3-medium/TextEncoders/BF16"]
+        for method, per_parameter in (("LoRA", 4), ("FineTune", 16)):
+            spec = spec_of(method, 512)
+            encoder = spec.model.text_encoder.model_copy(update={"train": True})
+            taught = spec.model_copy(update={"model": spec.model.model_copy(update={"text_encoder": encoder})})
+            more, less = (estimate(s, family=family, micro_batch=1).moments for s in (taught, spec))
+            added = (more["Training"] - less["Training"]) * GIB
+            assert added == pytest.approx((clips * per_parameter + line[0] + line[1]) * 1.05)
+            learning = (more["Sampling"] - less["Sampling"]) * GIB if "Sampling" in more else 0
+            assert learning in (0, pytest.approx(clips * (per_parameter - 4) * 1.05, abs=1))
+
     def test_weights_that_are_trained_are_in_fp32_while_the_cache_is_built(self):
         low, whole = (need(method, "SD1").moments["Preparation"] for method in ("LoRA", "FineTune"))
         assert (whole - low) * GIB == pytest.approx(859_520_964 * 2 * 1.05)

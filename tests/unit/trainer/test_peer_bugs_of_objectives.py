@@ -232,15 +232,18 @@ def test_the_padding_of_t5_is_set_to_zero():
             found.last_hidden_state = found.last_hidden_state * (tokens > 0)[..., None]
             return found
 
+    def tokenizer(captions, max_length, **_options):
+        return SimpleNamespace(input_ids=torch.tensor([[2, 1] + [0] * (max_length - 2)] * len(captions)))
+
     def check(t5):
         encoders = {"text_encoder": Encoder(2), "text_encoder_2": Encoder(3), "text_encoder_3": t5}
-        family = SimpleNamespace(text_encoders=encoders, token_names=StableDiffusion3.token_names)
-        tokens = {name: torch.tensor([[2, 1, 0, 0]]) for name in family.token_names}
+        tokenizers = {name.replace("text_encoder", "tokenizer"): tokenizer for name in encoders}
+        family = SimpleNamespace(text_encoders=encoders, tokenizers=tokenizers, device=torch.device("cpu"))
         with torch.no_grad():
-            text = StableDiffusion3.encode_tokens(family, tokens)["text"]
-        assert text.shape == (1, 4 + 4, 8)
-        assert (text[:, :4, 5:] == 0).all()  # CLIP is padded in width
-        assert (text[:, 4:] == 1).all()
+            text = StableDiffusion3.encode_tokens(family, StableDiffusion3.tokenize(family, ["a"]))["text"]
+        assert text.shape == (1, 77 + 256, 8)
+        assert (text[:, :77, 5:] == 0).all()  # CLIP is padded in width
+        assert (text[:, 77:] == 1).all()
 
     check(Encoder(8))
     with pytest.raises(AssertionError):

@@ -15,7 +15,10 @@ from diffusion_trainer.models.base import Conditioning, Family
 
 @dataclass(frozen=True)
 class TextPath:
-    """Where text encoders are frozen, what they say is cached; where they are part of a step (live), tokens are."""
+    """Where text encoders are frozen, what they say is cached; where CLIP is part of a step (live), its tokens are.
+
+    Of T5, which never is, what it says is cached either way.
+    """
 
     family: Family
     live: bool = False

@@ -11,7 +11,7 @@ from diffusion_api.job import TrainerSpec
 from diffusion_trainer.methods.base import Attached, named_group
 from diffusion_trainer.methods.conditioning import TextPath
 from diffusion_trainer.methods.dropout import Masks, key_dropout
-from diffusion_trainer.methods.text import clip_encoders, in_steps, named
+from diffusion_trainer.methods.text import in_steps, trainable
 from diffusion_trainer.models import Family
 
 _PARTS = {
@@ -37,10 +37,8 @@ def attach_weights(family: Family, spec: TrainerSpec) -> Attached:
     trains_text = spec.model.text_encoder.train
     if trains_text:
         encoders = in_steps(family)
-        for encoder in encoders:
-            encoder.requires_grad_(requires_grad=True)
         scale = spec.model.text_encoder.learning_rate / spec.learning_rate
-        groups.append(named_group(named(clip_encoders(family)), lr_scale=scale))
+        groups.append(named_group(trainable(family), lr_scale=scale))
     text = TextPath(family, live=trains_text)
     return Attached("Weights", tuple(groups), (family.denoiser, *encoders), text, masks=masks)
 

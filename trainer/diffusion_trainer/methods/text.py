@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,8 @@ from torch import nn
 from diffusion_trainer.models import Family
 
 _CLIP = "text_model."
+_FIXED = {("SD3", "text_encoder", "text_projection.weight")}
+"""Single files lack it, and their readers do without: what it learned would be lost on the way to them."""
 
 
 def clip_encoders(family: Family) -> dict[str, nn.Module]:
@@ -45,8 +47,10 @@ def published_name(path: str) -> str:
     return path if path.startswith((_CLIP, "text_projection.")) else _CLIP + path
 
 
-def named(encoders: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of encoders as `text_encoder.<published name>`."""
-    for folder, encoder in encoders.items():
+def trainable(family: Family) -> Iterator[tuple[str, nn.Parameter]]:
+    """Make the weights of CLIP's text encoders trainable and yield them as `text_encoder.<published name>`."""
+    for folder, encoder in clip_encoders(family).items():
         for path, parameter in encoder.named_parameters():
-            yield f"{folder}.{published_name(path)}", parameter
+            if (family.name, folder, path) not in _FIXED:
+                parameter.requires_grad = True
+                yield f"{folder}.{published_name(path)}", parameter

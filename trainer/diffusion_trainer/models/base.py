@@ -92,11 +92,14 @@ class Family(Protocol):
         ...
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the tokens of captions, int64 [B, length], on the CPU."""
+        """Return what of captions no training changes, on the CPU, without gradients.
+
+        Tokens, int64 [B, length], and of text encoders that never learn (T5) what they say, fp32 [B, length, D].
+        """
         ...
 
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the conditioning of `tokenize`'s tokens where the text encoders are; gradients pass through."""
+        """Return the conditioning of what `tokenize` returned, where CLIP is; gradients pass through CLIP."""
         ...
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, geometry: Tensor) -> Tensor:

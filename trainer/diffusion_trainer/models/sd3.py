@@ -1,7 +1,8 @@
 """Stable Diffusion 3 and 3.5: a multimodal transformer, three text encoders, rectified flow (arXiv 2403.03206).
 
 Text is that of both CLIP encoders, padded with zeros to T5's width, and T5's behind it. T5 attends to its padding and
-keeps it, as in the published pipelines.
+keeps it, as in the published pipelines. T5 never learns: where CLIP is part of a step, what T5 says stands beside the
+tokens for CLIP, so that it runs once for each caption and not in a step.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class StableDiffusion3(TextToImage):
 
     name: FamilyName = "SD3"
     conditioning_names = ("text", "pooled")
-    token_names = ("tokens", "tokens_2", "tokens_3")
+    token_names = ("tokens", "tokens_2", "text_3")
 
     @classmethod
     def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
@@ -65,18 +66,23 @@ class StableDiffusion3(TextToImage):
         self.process: Process = load_flow_process(folder)
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: D102 - as in `Family`; likewise below
-        lengths = (CLIP_TOKENS, CLIP_TOKENS, T5_TOKENS)
+        first, second, third = self.tokenizers.values()
+        t5 = self.text_encoders["text_encoder_3"].to(self.device)
+        with torch.no_grad():
+            said = t5(token_ids(third, captions, length=T5_TOKENS).to(self.device)).last_hidden_state
         return {
-            tokens: token_ids(tokenizer, captions, length=length)
-            for tokens, tokenizer, length in zip(self.token_names, self.tokenizers.values(), lengths, strict=True)
+            "tokens": token_ids(first, captions, length=CLIP_TOKENS),
+            "tokens_2": token_ids(second, captions, length=CLIP_TOKENS),
+            "text_3": said.float().cpu(),
         }
 
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        first, second, third = (
+        first, second = (
             encoder(tokens[name].to(next(encoder.parameters()).device), output_hidden_states=True)
-            for name, encoder in zip(self.token_names, self.text_encoders.values(), strict=True)
+            for name, encoder in zip(("tokens", "tokens_2"), self.text_encoders.values(), strict=False)
         )
-        clip, t5 = penultimate(first, second), third.last_hidden_state.float()
+        clip = penultimate(first, second)
+        t5 = tokens["text_3"].to(clip.device)
         padded = nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return {
             "text": torch.cat([padded, t5], dim=1),
