@@ -16,7 +16,8 @@ class TextEncoder(ApiModel):
 
     source: Uri | None = None
     """Text encoders and tokenizers that the model lacks, or others than its own: a folder in diffusers layout, of which
-    the folders text_encoder* and tokenizer* are used. Single files of SD3 need it, at least for T5's tokenizer."""
+    the folders text_encoder* and tokenizer* are used. Single files without text encoders need it;
+    of SD3 all do, at least for T5's tokenizer."""
     train: bool = False
     """Train the text encoders with the denoiser. Needs more memory and rarely helps. Of SD3's the two of CLIP learn;
     T5 stays as it is."""

@@ -37,8 +37,8 @@ UNETS = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 40,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 40,
     },
 }
 """Heads and groups as wide as the published ones', which is what cannot be read from a file."""
@@ -213,6 +213,10 @@ def test_a_file_that_was_trained_over_to_v_says_so(models, tmp_path):
     assert process.alphas_cumprod[-1] == 0
 
 
+def text(folder):
+    return {"textEncoder": {"source": folder.as_uri()}}
+
+
 def flat(content):
     return content | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4)}
 
@@ -229,11 +233,43 @@ def surplus(content):
     return content | {"model.diffusion_model.input_blocks.1.0.extra.weight": torch.zeros(1)}
 
 
+def of_a_refiner(content):
+    return {name.replace("cond_stage_model.transformer.", "conditioner.x."): t for name, t in content.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_encoders_that_the_file_lacks_come_from_elsewhere(models, tmp_path, name):
+    folder, file = models(name)
+    bare, work = tmp_path / "x.safetensors", tmp_path / "work"
+    save_file(without("cond_stage_model.", "conditioner.")(load_file(file)), bare)
+    lacking = "text_encoder, text_encoder_2" if name == "SDXL" else "text_encoder"
+    with pytest.raises(
+        InputMissing, match=rf"a single file of {name} that has no {lacking}; set model\.textEncoder\.so"
+    ):
+        opened(bare, work, name)
+    model, again = opened(folder, tmp_path / "folder", name), opened(bare, work, name, **text(folder))
+    assert again.name == name
+    assert again.text_hash() == model.text_hash()
+    wanted, found = said(model), said(again)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key].float(), value.float(), rtol=0, atol=1 if key == "decoded" else 1e-5)
+
+
+def test_text_encoders_of_another_family_are_refused_before_there_is_a_gpu(models, tmp_path):
+    bare = tmp_path / "x.safetensors"
+    save_file(without("cond_stage_model.")(load_file(models("SD1")[1])), bare)
+    run = run_of(bare, model={"source": bare.as_uri(), **text(models("SD2")[0])})
+    with pytest.raises(
+        BadData, match=r"takes text 64 wide, and text_encoder give 128; .*\(model\.textEncoder\.source\)"
+    ):
+        look_at(run.spec.model, open_stores(run, credentials=tmp_path).model, work=tmp_path / "work")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (without("model.diffusion_model."), "no whole model by the original names"),
-        (without("cond_stage_model."), "without the text encoders"),
+        (of_a_refiner, "other text encoders than those of SD1, SD2 or SDXL base"),
         (without("first_stage_model."), r"looks like SD1 and has no first_stage_model\.encoder"),
         (without("model.diffusion_model.input_blocks.1.0."), r"looks like SD1.*input_blocks\.1\.0"),
         (without("model.diffusion_model.middle_block.1."), r"looks like SD1 and has no .*middle_block\.1"),

@@ -179,6 +179,7 @@ def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, 
     for path in sorted(folder.rglob("*.json")):  # tokenizer.json, added_tokens.json, ... are read by libraries as well
         if path.relative_to(folder).parts[0] in {INDEX, *components}:
             refuse_forbidden(read_any_json(path), str(path.relative_to(folder)))
+    _check_widths(folder, components)
     return weights
 
 
@@ -225,6 +226,21 @@ def _check_entry(name: str, component: Component, index: Mapping[str, Any]) -> N
     if library not in {"diffusers", "transformers"} or found not in component.classes:
         raise BadData(
             f"model: {INDEX} gives {library}.{found} for {name}; allowed is {' or '.join(sorted(component.classes))}"
+        )
+
+
+def _check_widths(folder: Path, components: Mapping[str, Component]) -> None:
+    """Refuse text encoders whose text is not as wide as a UNet takes it; they may come from another place."""
+    texts = [name for name in components if name.startswith("text_encoder")]
+    if "unet" not in components or not texts:
+        return
+    taken = read_json(folder / "unet" / "config.json").get("cross_attention_dim")
+    widths = [read_json(folder / name / "config.json").get("hidden_size") for name in texts]
+    given = sum(width for width in widths if isinstance(width, int))
+    if isinstance(taken, int) and None not in widths and taken != given:
+        raise BadData(
+            f"model: the UNet takes text {taken} wide, and {' and '.join(texts)} give {given}; they belong to "
+            "different models: use text encoders of the UNet's family (model.textEncoder.source)"
         )
 
 

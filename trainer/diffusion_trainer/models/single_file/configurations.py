@@ -16,6 +16,7 @@ from diffusion_trainer.models.single_file import mmdit
 from diffusion_trainer.models.single_file.header import Shapes, count
 from diffusion_trainer.models.single_file.published import (
     DENOISER,
+    GEOMETRY_WIDTH,
     PIPELINES,
     SCHEDULERS,
     TEXTS,
@@ -29,14 +30,17 @@ from diffusion_trainer.models.single_file.published import (
 
 _CLIP, _OPEN_CLIP = "text_model.embeddings.token_embedding.weight", "token_embedding.weight"
 _SD1_HEADS = 8
-_GEOMETRY_NUMBERS = 6
+_OTHER_TEXTS = ("cond_stage_model.", "conditioner.")
 _SCALES = (".scale_weight", "scaled_fp8")
 _SD2_PUBLISHED_LAYERS = 24
 _END, _OPEN_CLIP_PAD = "<|endoftext|>", "!"
 
 
 def family_of(shapes: Shapes, *, where: str) -> FamilyName:
-    """Return the family of a single file. Raises `BadData` for one of none, and for a UNet without text encoders."""
+    """Return the family of a single file, by its text encoders or, where it has none, by its denoiser.
+
+    Raises `BadData` for one of none.
+    """
     if any(name.startswith(f"{DENOISER}joint_blocks.") for name in shapes):
         return "SD3"
     if f"{DENOISER}input_blocks.0.0.weight" not in shapes:
@@ -49,16 +53,20 @@ def family_of(shapes: Shapes, *, where: str) -> FamilyName:
     for family in families:
         if all(prefix + _first(prefix) in shapes for prefix in TEXTS[family].values()):
             return family
-    raise BadData(
-        f"model.source {where} holds a UNet without the text encoders of SD1, SD2 or SDXL base; use the whole "
-        "checkpoint, or a folder in diffusers layout"
-    )
+    if any(name.startswith(_OTHER_TEXTS) for name in shapes):
+        raise BadData(
+            f"model.source {where} holds a UNet with other text encoders than those of SD1, SD2 or SDXL base; use the "
+            "checkpoint of one of them, or a folder in diffusers layout"
+        )
+    if f"{DENOISER}label_emb.0.0.weight" in shapes:
+        return "SDXL"
+    return "SD2" if _is_linear(shapes) else "SD1"
 
 
 def weights(shapes: Shapes, family: FamilyName, supplied: Collection[str] = ()) -> dict[str, str]:
     """Return the components whose weights are read, and where in the file they are.
 
-    Of SD3's text encoders those that the file holds; of all, those that do not come from elsewhere (`supplied`).
+    Of the text encoders those that the file holds; of all, those that do not come from elsewhere (`supplied`).
     """
     texts = {name: prefix for name, prefix in TEXTS[family].items() if _holds(shapes, prefix)}
     places = {denoiser_folder(family): DENOISER, "vae": VAE, **texts}
@@ -134,17 +142,19 @@ def _unet(shapes: Shapes, family: FamilyName) -> dict[str, Any]:
         "cross_attention_dim": shapes[attention][1],
         # Of that name, but diffusers takes it for the number of heads.
         "attention_head_dim": _SD1_HEADS if family == "SD1" else [heads(width) for width in channels],
-        "use_linear_projection": len(shapes[f"{DENOISER}middle_block.1.proj_in.weight"]) == 2,
+        "use_linear_projection": _is_linear(shapes),
     }
     if family == "SDXL":
-        pooled = shapes[f"{TEXTS['SDXL']['text_encoder_2']}text_projection"][1]
-        inputs = shapes[f"{DENOISER}label_emb.0.0.weight"][1]
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (inputs - pooled) // _GEOMETRY_NUMBERS,
-            "projection_class_embeddings_input_dim": inputs,
+            "addition_time_embed_dim": GEOMETRY_WIDTH,
+            "projection_class_embeddings_input_dim": shapes[f"{DENOISER}label_emb.0.0.weight"][1],
         }
     return config
+
+
+def _is_linear(shapes: Shapes) -> bool:
+    return len(shapes[f"{DENOISER}middle_block.1.proj_in.weight"]) == 2
 
 
 def _blocks(shapes: Shapes) -> Iterator[tuple[int, int, int]]:

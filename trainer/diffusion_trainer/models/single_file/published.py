@@ -20,10 +20,12 @@ TEXTS: dict[FamilyName, dict[str, str]] = {
         "text_encoder_3": "text_encoders.t5xxl.transformer.",
     },
 }
-"""Where the text encoders of each family are; below `.model.` by OpenCLIP's names. SD3's files may lack them."""
+"""Where the text encoders of each family are; below `.model.` by OpenCLIP's names. Files may lack them."""
 WORDS = 49408
 """Of CLIP's vocabulary."""
 _HEAD_WIDTH = 64
+GEOMETRY_WIDTH = 256
+"""Of the embedding of each of the six numbers by which SDXL is told a crop."""
 _NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
