@@ -136,7 +136,7 @@ def test_kohyas_names_of_both_clips_of_sd3(folders, tmp_path):
         assert content[f"{start}1_mlp_fc2.alpha"] == 2
 
 
-@pytest.mark.parametrize("method", ["FineTune", "DreamBooth"])
+@pytest.mark.parametrize("method", ["FineTune", pytest.param("DreamBooth", marks=pytest.mark.nightly)])
 def test_whole_clips_of_sd3_are_in_folder_and_single_file(folders, tmp_path, method):
     booth = {"instancePrompt": "a b", "classPrompt": "a", "adapter": "None"}
     sections = {"dreamBooth": booth} if method == "DreamBooth" else {}

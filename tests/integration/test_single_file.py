@@ -237,7 +237,7 @@ def of_a_refiner(content):
     return {name.replace("cond_stage_model.transformer.", "conditioner.x."): t for name, t in content.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.nightly) for n in ("SD1", "SD2")), "SDXL"])
 def test_text_encoders_that_the_file_lacks_come_from_elsewhere(models, tmp_path, name):
     folder, file = models(name)
     bare, work = tmp_path / "x.safetensors", tmp_path / "work"
