@@ -427,7 +427,9 @@ def test_the_preflight_knows_every_family_without_its_weights(folders, tmp_path)
 @pytest.mark.parametrize(("architecture", "prediction"), [("SD2", "Epsilon"), ("SD2-v", "VPrediction")])
 def test_sd2_predicts_what_its_scheduler_says(opened, architecture, prediction):
     assert opened(architecture).process.prediction_type == prediction
-    assert opened(architecture, predictionType="Sample").process.prediction_type == "Sample"
+    other = opened(architecture, predictionType="Sample")
+    assert other.process.prediction_type == "Sample"
+    assert other.published.prediction_type == prediction  # and so it draws, until it is trained
 
 
 def test_the_flow_of_sd3_has_the_shift_of_its_scheduler(opened):

@@ -201,7 +201,7 @@ def test_sd2_has_to_be_told_what_it_predicts(models, tmp_path):
     told = run_of(file, training={"maxSteps": 1, "objective": {"predictionType": "VPrediction"}})
     folder = fetch_model(open_stores(told, credentials=tmp_path).model, tmp_path, report=lambda _: None)
     family = open_model(folder, told.spec, device="cpu", dtype=torch.float32)
-    assert family.process.prediction_type == "VPrediction"
+    assert family.process.prediction_type == family.published.prediction_type == "VPrediction"
     assert set(family.tokenize(["a photo of a cat"])["tokens"][0, 7:].tolist()) == {0}  # padded as OpenCLIP pads
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from diffusion_api.job import TrainerSpec
 from diffusion_api.validation import SamplePrompt
+from diffusion_trainer import sampling
 from diffusion_trainer.data import DatasetLock, LockedImage, Pictures
 from diffusion_trainer.data.lock import Shape
 from diffusion_trainer.errors import BadConfig, NotFound, PreconditionFailed
@@ -21,7 +22,6 @@ from diffusion_trainer.models import Family
 from diffusion_trainer.objectstore import ObjectStore
 from diffusion_trainer.peers import Peers
 from diffusion_trainer.rng import Purpose, stream
-from diffusion_trainer.sampling import sample_grid
 
 LOG = logging.getLogger(__name__)
 PREFIX = "class-images/"
@@ -81,7 +81,8 @@ def with_class_images(  # noqa: PLR0913 - what it takes to draw, and whom to tel
 ) -> DatasetLock:
     """Return the lock with the class images that the job asks for; those that are not in `state` yet are drawn.
 
-    `family` is still the base model. `state` is the last folder of `pictures`. All processes draw a part.
+    `family` is still the base model, and draws by the process that it was published with, whatever the job trains.
+    `state` is the last folder of `pictures`. All processes draw a part.
 
     Raises:
         BadConfig: there are more shapes than class images.
@@ -118,11 +119,16 @@ def _draw(
 ) -> None:
     there = {info.key for info in state.list(PREFIX)}
     missing = [one for one in wanted if one.key not in there]
+    asked = SamplePrompt(prompt=prompt, guidance_scale=GUIDANCE, steps=STEPS)
+    conditioning = sampling.encoded(family, [asked] if missing else [])
     for number, one in enumerate(missing, start=1):
-        asked = SamplePrompt(prompt=prompt, seed=one.seed, guidance_scale=GUIDANCE, steps=STEPS)
-        grid = sample_grid(family, [asked], size=one.shape)
+        seeded = [asked.model_copy(update={"seed": one.seed})]
+        pictures = sampling.draw(
+            family, sampling.wanted(seeded, conditioning), size=one.shape, process=family.published
+        )
+        picture = sampling.SampleGrid.of(pictures, seeded, process=family.published).picture_png(0)
         with suppress(PreconditionFailed):  # another start of the job was first; what it drew is what counts
-            state.put(one.key, grid.picture_png(0), if_absent=True)
+            state.put(one.key, picture, if_absent=True)
         report(f"drawing class images {number}/{len(missing)}")
     LOG.info("drew %d class images, %d were there", len(missing), len(wanted) - len(missing))
 

@@ -37,8 +37,8 @@ class Evaluator:
 
     `shown` puts the weights to evaluate in place for a while.
     `errors` gives the unweighted loss of each image of a batch; results go to `curves` and, as pictures, to `courier`.
-    All processes take part in the loss and in the pictures for KID, and know the results; the leader alone draws
-    samples.
+    All processes take part in the loss and draw a part of the pictures; all know the results, and the leader alone
+    has the pictures.
     """
 
     spec: TrainerSpec
@@ -113,8 +113,7 @@ class Evaluator:
             part=self.peers.part,
             gather=lambda losses: self.peers.gather(f"validation/{step}", losses),
         )
-        with self.peers.leader_first(f"evaluation/{step}"):
-            pictures = self._draw(step) if self.peers.leads else ()
+        pictures = self._draw(step)
         scored = self._scored(self.scorer, step, pictures) if self.scorer else None
         found, scores = self.peers.as_leader_says(
             f"evaluated/{step}",
@@ -137,11 +136,21 @@ class Evaluator:
             self.warn(text)
 
     def _draw(self, step: int) -> Sequence[Image.Image]:
+        """Draw this process's part of the prompts; return the pictures of all of them to the leader."""
         prompts = self.spec.validation.prompts
         if not prompts:
             return ()
         side = self.spec.dataset.resolution
-        grid = sample_grid(self.family, prompts, size=(side, side), text=self.attached.text)
+        grid = sample_grid(
+            self.family,
+            prompts,
+            size=(side, side),
+            text=self.attached.text,
+            part=self.peers.part,
+            gather=lambda drawn: self.peers.gather(f"samples/{step}", drawn),
+        )
+        if grid is None:
+            return ()
         self.courier.send(f"{names.SAMPLES_PREFIX}step-{step:08d}.png", grid.grid_png())
         return grid.pictures
 

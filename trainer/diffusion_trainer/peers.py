@@ -30,6 +30,8 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.002, 0.2
 SPREAD_SECONDS = 0.5
 STORE_SECONDS = 60.0
 """How long one answer of the store may take, the first one included."""
+PIECE_CHARACTERS = 4 << 20
+"""Of what is told at once: the store hangs up on whoever sends more than 8 MiB."""
 
 
 class Peers:
@@ -168,7 +170,7 @@ class Together(Peers):
         self._tell(f"{name}/{self.rank}", values)
         if not self.leads:
             return []
-        return [value for rank in range(self.world_size) for value in self._hear(f"{name}/{rank}")]
+        return [value for rank in range(self.world_size) for value in self._hear(f"{name}/{rank}", forget=True)]
 
     def check_same(self, name: str, content: Mapping[str, str]) -> None:  # noqa: D102
         leaders = self.as_leader_says(name, dict(content))
@@ -213,20 +215,34 @@ class Together(Peers):
             return  # the main thread notices as well, and says so
 
     def _tell(self, name: str, value: Any) -> None:
+        """Put a value into the store: how many pieces follow the first, which comes last, and that one."""
+        name, text = self._chapter + name, json.dumps(value)  # of ASCII only: a character is a byte
+        first, *others = (text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS))
         with _lost_peers():
-            self._store.set(self._chapter + name, json.dumps(value))
+            for number, piece in enumerate(others, start=1):
+                self._store.set(f"{name}/piece-{number}", piece)
+            self._store.set(name, f"{len(others)} {first}")
 
-    def _hear(self, name: str) -> Any:
+    def _hear(self, name: str, *, forget: bool = False) -> Any:
+        """Wait for a value. `forget` takes it out of the store, where nobody else asks for it: it lives in memory."""
         pause, name = FIRST_PAUSE_SECONDS, self._chapter + name
         while True:
             with _lost_peers():
                 if self._store.check([name]):
-                    return json.loads(self._store.get(name))
+                    return json.loads(self._taken(name, forget=forget))
                 if self._store.check([GOODBYE]):
                     raise PeerLost(f"process {self._store.get(GOODBYE).decode()} has ended; its pod says why")
             self._alive()
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _taken(self, name: str, *, forget: bool) -> str:
+        count, _, first = self._store.get(name).decode().partition(" ")
+        places = [f"{name}/piece-{number}" for number in range(1, int(count) + 1)]
+        text = "".join([first, *(self._store.get(place).decode() for place in places)])
+        for place in (name, *places) if forget else ():
+            self._store.delete_key(place)
+        return text
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,9 +13,9 @@ from diffusion_trainer import class_images
 from diffusion_trainer.class_images import LOCK_KEY, PREFIX, wanted_images, with_class_images
 from diffusion_trainer.data import DatasetLock, LockedImage, Pictures, Plan
 from diffusion_trainer.errors import BadConfig, BadData
+from diffusion_trainer.objective import DiscreteProcess
 from diffusion_trainer.objectstore import open_store
 from diffusion_trainer.peers import Peers
-from diffusion_trainer.sampling.grid import SampleGrid
 
 SHAPES = ((64, 64), (80, 48), (48, 80))
 
@@ -55,16 +56,24 @@ def test_fewer_images_than_shapes_are_refused():
 class Painter:
     """Stands for the base model; remembers what it was asked to draw."""
 
-    def __init__(self, monkeypatch):
-        self.drawn = []
-        monkeypatch.setattr(class_images, "sample_grid", self.sample)
+    process = DiscreteProcess(torch.ones(1000), "VPrediction", {})
+    published = DiscreteProcess(torch.ones(1000), "Epsilon", {})
 
-    def sample(self, family, prompts, *, size):
+    def __init__(self, monkeypatch):
+        self.drawn, self.encoded = [], []
+        monkeypatch.setattr(class_images.sampling, "encoded", self.encode)
+        monkeypatch.setattr(class_images.sampling, "draw", self.draw)
+
+    def encode(self, family, prompts):
         assert family is self
-        (asked,) = prompts
-        self.drawn.append(asked)
-        picture = Image.new("RGB", size, tuple(asked.seed >> shift & 255 for shift in (0, 8, 16)))
-        return SampleGrid((picture,), ("",))
+        self.encoded += prompts
+        return [{"text": prompt.prompt} for prompt in prompts]
+
+    def draw(self, family, wanted, *, size, process):
+        assert (family, process) == (self, self.published)
+        self.drawn += wanted
+        (one,) = wanted
+        return (Image.new("RGB", size, tuple(one.seed >> shift & 255 for shift in (0, 8, 16))),)
 
     def release_encoders(self):
         pass
@@ -108,7 +117,9 @@ def join(tmp_path, painter):
 def test_missing_class_images_are_drawn_by_the_base_model_and_train_beside_the_others(join, painter):
     lock, pictures = join()
     assert len(painter.drawn) == 4
-    assert {(one.prompt, one.steps, one.guidance_scale) for one in painter.drawn} == {("x, a photo of a dog", 50, 7.5)}
+    drawn = {(one.conditioning["text"], one.steps, one.guidance) for one in painter.drawn}
+    assert drawn == {("x, a photo of a dog", 50, 7.5)}
+    assert [(one.prompt, one.negative_prompt) for one in painter.encoded] == [("x, a photo of a dog", "")]  # once
     classes = [one for one in lock.images if one.role == "class"]
     assert lock.images[:3] == lock_of(3).images
     assert {(one.caption, one.split, one.concept, one.bucket) for one in classes} == {
@@ -125,6 +136,7 @@ def test_an_attempt_that_resumes_draws_nothing_and_has_the_same_lock(join, paint
     painter.drawn.clear()
     again, pictures = join()
     assert painter.drawn == []
+    assert len(painter.encoded) == 1
     assert again == first
     assert again.sha == first.sha
     assert pictures.path(again.images[-1]).exists()

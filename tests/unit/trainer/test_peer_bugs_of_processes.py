@@ -5,13 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from diffusion_api.validation import SamplePrompt
 from diffusion_trainer import evaluation
 from diffusion_trainer import peers as module
 from diffusion_trainer.errors import PeerLost
 from diffusion_trainer.evaluation import Evaluator
-from diffusion_trainer.peers import Together
+from diffusion_trainer.objective import DiscreteProcess
+from diffusion_trainer.peers import Peers, Together
+from diffusion_trainer.sampling import grid
 
+PROMPTS = [SamplePrompt(prompt=f"picture {number}", seed=number) for number in range(5)]
 TIMEOUT_SECONDS = 1800.0
 """Of the collective in that issue."""
 
@@ -63,7 +68,7 @@ def test_sd_scripts_971_the_others_time_out_while_rank_0_is_busy(monkeypatch):
             return names == ["encoding"] and clock[0] >= 3600
 
         def get(self, _name):
-            return "null"
+            return b"0 null"
 
     def sleep(seconds):
         clock[0] += seconds
@@ -107,9 +112,49 @@ def test_diffusers_9546_a_second_model_is_loaded_for_the_pictures(monkeypatch):
         spec = SimpleNamespace(validation=SimpleNamespace(prompts=("a",)), dataset=SimpleNamespace(resolution=64))
         courier = SimpleNamespace(send=lambda *_: None)
         evaluator = SimpleNamespace(spec=spec, family=family, attached=SimpleNamespace(text=None), courier=courier)
+        evaluator.peers = Peers()
         Evaluator._draw(evaluator, 1)
         assert drawn_with[-1] == network.weight.data_ptr()
 
     check(SimpleNamespace(denoiser=network))
     with pytest.raises(AssertionError):
         check(SimpleNamespace(denoiser=copy.deepcopy(network)))
+
+
+def test_the_node_stands_still_while_rank_0_draws_samples(monkeypatch):
+    """In diffusers, ai-toolkit and SimpleTuner one GPU draws the pictures of all prompts, and the others wait."""
+    seeds = []
+
+    def draw(_family, wanted, **_):
+        seeds.append([one.seed for one in wanted])
+        return tuple(Image.new("RGB", (8, 8), (one.seed, 0, 0)) for one in wanted)
+
+    monkeypatch.setattr(grid, "encoded", lambda _family, prompts, **_: [{}] * len(prompts))
+    monkeypatch.setattr(grid, "draw", draw)
+    family = SimpleNamespace(process=DiscreteProcess(torch.ones(1000), "Epsilon", {}))
+
+    def shared(rank, of, sent):
+        """Return what rank 0, which comes last, makes of what all have sent."""
+
+        def gather(drawn):
+            sent.extend(drawn)
+            return [] if rank else sent
+
+        return grid.sample_grid(family, PROMPTS, size=(8, 8), part=slice(rank, None, of), gather=gather)
+
+    def planted(rank, _of, _sent):
+        return None if rank else grid.sample_grid(family, PROMPTS, size=(8, 8))
+
+    def check(way, of):
+        seeds.clear()
+        sent = []
+        *others, made = [way(rank, of, sent) for rank in reversed(range(of))]
+        assert others == [None] * (of - 1)
+        assert made.grid_png() == alone
+        assert max(len(drawn) for drawn in seeds) == -(-len(PROMPTS) // of)
+
+    alone = grid.sample_grid(family, PROMPTS, size=(8, 8)).grid_png()
+    for of in (1, 2, 3, 8):
+        check(shared, of)
+    with pytest.raises(AssertionError):
+        check(planted, 2)

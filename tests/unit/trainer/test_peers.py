@@ -1,7 +1,10 @@
-"""The one sum per step: in buckets that bound its memory, in place, and with errors that say what happened."""
+"""The one sum per step, in buckets that bound its memory, and what goes through the store, in pieces that it takes."""
+
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from diffusion_trainer import fitting
 from diffusion_trainer import peers as module
@@ -67,3 +70,33 @@ def test_a_sum_that_finds_no_memory_is_no_loss_of_the_others(monkeypatch, two, t
     monkeypatch.setattr(module.dist, "all_reduce", all_reduce)
     with pytest.raises(error), gpu_errors():
         two.add_up([torch.ones(2)])
+
+
+@pytest.fixture
+def store():
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+def of_two(rank, store):
+    peers = Together.__new__(Together)
+    peers.rank, peers.world_size, peers._chapter = rank, 2, ""
+    peers._store, peers._alive = dist.PrefixStore("run", store), lambda: None
+    return peers
+
+
+@pytest.mark.parametrize("length", [0, 5, 9 << 20])  # the store hangs up on whoever sends more than 8 MiB
+def test_what_is_gathered_may_be_large_and_does_not_stay(store, length):
+    """Pictures of 2048 px, at every evaluation: rank 0's pod would fill up with those of all."""
+    before = store.num_keys()
+    said = [["ä" * min(length, 3), "x" * length], ["y", None]]
+    assert of_two(1, store).gather("samples/1", [said[1]]) == []
+    assert store.num_keys() > before
+    assert of_two(0, store).gather("samples/1", [said[0]]) == said
+    assert store.num_keys() == before
+
+
+def test_what_the_leader_says_is_heard_by_all(store):
+    leader, others = of_two(0, store), [of_two(1, store), of_two(1, store)]
+    said = {"losses": list(range(1_000_000))}
+    assert leader.as_leader_says("evaluated/1", said) == said
+    assert [other.as_leader_says("evaluated/1", None) for other in others] == [said, said]

@@ -71,6 +71,11 @@ class Family(Protocol):
         ...
 
     @property
+    def published(self) -> Process:
+        """Return the forward process of the weights as they were published, before any step of this job."""
+        ...
+
+    @property
     def conditioning_names(self) -> tuple[str, ...]:
         """Return the names of what `encode_text` and `encode_tokens` return."""
         ...

@@ -136,6 +136,11 @@ def trainable_family(folder: Path, model: Model) -> FamilyName:
     return found
 
 
+def says_nothing(family: FamilyName, spec: TrainerSpec) -> bool:
+    """Return whether the model does not say what its denoiser predicts, and the job has to."""
+    return family == "SD2" and spec.model.source.endswith(".safetensors")
+
+
 def check_fit(family: FamilyName, spec: TrainerSpec, *, predicts: str = "") -> None:
     """Raise `BadConfig` where the job asks for what a model of that family cannot do.
 
@@ -143,8 +148,7 @@ def check_fit(family: FamilyName, spec: TrainerSpec, *, predicts: str = "") -> N
     """
     for path, value, reason in spec.misfits(family):
         raise BadConfig(f"{path}: {value}: {reason}" if path != "method" else f"method: {reason}")
-    single = spec.model.source.endswith(".safetensors")
-    if family == "SD2" and single and spec.training.objective.prediction_type == "Auto":
+    if says_nothing(family, spec) and spec.training.objective.prediction_type == "Auto":
         raise BadConfig(
             "training.objective.predictionType: Auto: model.source is a single file of SD2, which does not say what "
             "its denoiser predicts; use VPrediction for models of 768 px, Epsilon for those of 512 px (base)"

@@ -3,6 +3,6 @@
 Belongs here: samplers, grids, the text in their files. Does not belong here: where pictures go (`evaluation`).
 """
 
-from diffusion_trainer.sampling.grid import SampleGrid, Wanted, draw, sample_grid
+from diffusion_trainer.sampling.grid import SampleGrid, Wanted, draw, encoded, sample_grid, wanted
 
-__all__ = ["SampleGrid", "Wanted", "draw", "sample_grid"]
+__all__ = ["SampleGrid", "Wanted", "draw", "encoded", "sample_grid", "wanted"]

@@ -20,14 +20,22 @@ def sampler_name(process: Process) -> str:
     return "Euler" if isinstance(process, FlowProcess) else "DDIM"
 
 
-def denoised(
-    family: Family, noise: Tensor, conditioning: Conditioning, *, geometry: Tensor, steps: int, guidance: float
+def denoised(  # noqa: PLR0913 - what a picture is made of
+    family: Family,
+    noise: Tensor,
+    conditioning: Conditioning,
+    *,
+    process: Process,
+    geometry: Tensor,
+    steps: int,
+    guidance: float,
 ) -> Tensor:
     """Return latents [1, C, h, w] from noise of that shape.
 
     conditioning: [2, ...], of the negative prompt and the prompt, empty for a family without text; geometry: [6].
+    `process`: the one that the denoiser was trained on.
     """
-    way = _way(family, steps)
+    way = _way(process, steps, in_pixels=family.latent_scale == 1)
     guided = guidance != 1 and bool(conditioning)
     rows = {name: (both if guided else both[1:]).to(family.device) for name, both in conditioning.items()}
     places = geometry.expand(2 if guided else 1, -1).to(family.device)
@@ -50,10 +58,10 @@ class _Way(Protocol):
     def step(self, index: int, prediction: Tensor, latents: Tensor) -> Tensor: ...
 
 
-def _way(family: Family, steps: int) -> _Way:
-    if isinstance(family.process, FlowProcess):
-        return _Euler(family.process, steps)
-    return Ddim(family.process, steps, in_pixels=family.latent_scale == 1)
+def _way(process: Process, steps: int, *, in_pixels: bool) -> _Way:
+    if isinstance(process, FlowProcess):
+        return _Euler(process, steps)
+    return Ddim(process, steps, in_pixels=in_pixels)
 
 
 def _predicted(family: Family, latents: Tensor, time: Tensor, rows: Conditioning, geometry: Tensor) -> Tensor:
