@@ -217,6 +217,8 @@ def test_the_padding_of_t5_is_set_to_zero():
     """SD3 was trained with what T5 says at its padding; trainers that set it to zero train on another text."""
 
     class Encoder(nn.Module):
+        device = torch.device("cpu")
+
         def __init__(self, width):
             super().__init__()
             self.table = nn.Embedding(3, width)

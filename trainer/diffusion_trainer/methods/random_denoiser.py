@@ -36,8 +36,7 @@ def supply_denoiser(folder: Path, spec: TrainerSpec, *, seed: int) -> None:
         path.unlink()
     import diffusers
 
-    (kind,) = components[name].classes
-    network = getattr(diffusers, kind).from_config(read_json(folder / name / "config.json"))
+    network = getattr(diffusers, components[name].kind).from_config(read_json(folder / name / "config.json"))
     initialise(network, seed=seed)
     tensorfile.write(draft, network.state_dict(), {"format": "pt"})
     draft.replace(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ class Component:
     classes: frozenset[str]
     config: str
     weights: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Return the class that loads it; of a tokenizer the name without `Fast`, which is of the same class."""
+        return min(self.classes)
 
 
 _FLOW_SCHEDULERS = frozenset({"FlowMatchEulerDiscreteScheduler"})
@@ -183,12 +188,11 @@ def check_files(folder: Path, components: Mapping[str, Component]) -> dict[str, 
     for path in sorted(folder.rglob("*.json")):  # tokenizer.json, added_tokens.json, ... are read by libraries as well
         if path.relative_to(folder).parts[0] in {INDEX, *components}:
             refuse_forbidden(read_any_json(path), str(path.relative_to(folder)))
-    _check_widths(folder, components)
     return weights
 
 
 def check_networks(folder: Path, family: FamilyName) -> None:
-    """Raise `BadData` for a denoiser, or a VAE beside it, that cannot be trained as the family's is."""
+    """Raise `BadData` for a denoiser, or a VAE or text encoders beside it, that cannot be trained as the family's."""
     if family == "UNet2D":
         _check_unconditional(read_json(folder / "unet" / "config.json"))
         return
@@ -211,6 +215,8 @@ def check_networks(folder: Path, family: FamilyName) -> None:
             "model: vae/config.json has latents_mean and latents_std, as models have that were not trained on "
             "scaled latents alone; use another model, or another VAE (model.vae)"
         )
+    if family != "SD3":
+        _check_text(folder, [name for name in TRAINABLE[family] if name.startswith("text_encoder")])
 
 
 def _check_unconditional(config: Mapping[str, Any]) -> None:
@@ -233,11 +239,8 @@ def _check_entry(name: str, component: Component, index: Mapping[str, Any]) -> N
         )
 
 
-def _check_widths(folder: Path, components: Mapping[str, Component]) -> None:
-    """Refuse text encoders whose text is not as wide as a UNet takes it; they may come from another place."""
-    texts = [name for name in components if name.startswith("text_encoder")]
-    if "unet" not in components or not texts:
-        return
+def _check_text(folder: Path, texts: Sequence[str]) -> None:
+    """Refuse text encoders whose text is not as wide as the UNet takes it; they may come from another place."""
     taken = read_json(folder / "unet" / "config.json").get("cross_attention_dim")
     widths = [read_json(folder / name / "config.json").get("hidden_size") for name in texts]
     given = sum(width for width in widths if isinstance(width, int))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffusion_api.model import Family as FamilyName
 from diffusion_trainer.models.autoencoder import Autoencoder
 from diffusion_trainer.models.files import ModelFiles
-from diffusion_trainer.models.loading import release
+from diffusion_trainer.models.inspection import TRAINABLE, check_files, check_networks
+from diffusion_trainer.models.loading import load_discrete_process, load_text_encoder, load_tokenizer, loaded, release
+from diffusion_trainer.objective import Process
 
 CLIP_TOKENS = 77
 _ATTENTION = ["to_k", "to_out.0", "to_q", "to_v"]
@@ -25,20 +28,52 @@ class TextToImage(ABC):
     A family says what becomes of captions (`tokenize`, `encode_tokens`) and how its denoiser is called (`predict`).
     """
 
+    name: FamilyName
+    denoiser_folder = "unet"
     latent_scale = 8
-    size_multiple = 8
 
-    def __init__(self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Load the VAE. The subclass loads text encoders, tokenizers and the denoiser."""
+    @classmethod
+    def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
+        """Check and load a model of this family. Raises `InputMissing` and `BadData`."""
+        weights = check_files(folder, TRAINABLE[cls.name])
+        check_networks(folder, cls.name)
+        return cls(ModelFiles(folder, weights), device=device, dtype=dtype, weights_dtype=weights_dtype)
+
+    def __init__(
+        self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype
+    ) -> None:
+        """Load from a folder that has been checked. T5, which is larger than the denoiser, is kept in its dtype."""
+        import diffusers
+        import transformers
+
+        folder, components = files.folder, TRAINABLE[self.name]
         self.device = device
         self.dtype = dtype
-        self.text_encoders: dict[str, nn.Module] = {}
-        self.tokenizers: dict[str, Any] = {}
         self._files = files
-        self._autoencoder = Autoencoder(files.folder, device=device)
+        self._autoencoder = Autoencoder(folder, device=device)
+        network = getattr(diffusers, components[self.denoiser_folder].kind)
+        self.denoiser: Any = loaded(network, folder / self.denoiser_folder, torch_dtype=weights_dtype).to(device)
+        self.text_encoders: dict[str, Any] = {}
+        self.tokenizers: dict[str, Any] = {}
+        for name in (name for name in components if name.startswith("text_encoder")):
+            kind, tokenizer = components[name].kind, name.replace("text_encoder", "tokenizer")
+            precision = dtype if kind == "T5EncoderModel" else torch.float32
+            encoder = load_text_encoder(getattr(transformers, kind), folder / name, dtype=precision)
+            words = getattr(transformers, components[tokenizer].kind)
+            self.text_encoders[name] = encoder
+            self.tokenizers[tokenizer] = load_tokenizer(words, folder / tokenizer, encoder)
+        self.process = self.load_process(folder)
+
+    def load_process(self, folder: Path) -> Process:
+        """Return the forward process that the model's noise scheduler describes."""
+        return load_discrete_process(folder)
 
     @property
-    def latent_channels(self) -> int:  # noqa: D102 - as in `Family`; likewise below
+    def size_multiple(self) -> int:  # noqa: D102 - as in `Family`; likewise below
+        return self.latent_scale
+
+    @property
+    def latent_channels(self) -> int:  # noqa: D102
         return self._autoencoder.channels
 
     @abstractmethod

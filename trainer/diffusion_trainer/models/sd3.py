@@ -10,18 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_api.model import Family as FamilyName
 from diffusion_trainer.models.base import Conditioning, Targets
-from diffusion_trainer.models.files import ModelFiles
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, check_networks
 from diffusion_trainer.models.latent import CLIP_TOKENS, TextToImage, token_ids
-from diffusion_trainer.models.loading import load_flow_process, load_text_encoder, load_tokenizer, loaded
-from diffusion_trainer.models.sdxl import penultimate
+from diffusion_trainer.models.loading import load_flow_process
+from diffusion_trainer.models.sdxl import clip_outputs, penultimate
 from diffusion_trainer.objective import Process
 
 T5_TOKENS = 256
@@ -36,36 +33,16 @@ class StableDiffusion3(TextToImage):
     name: FamilyName = "SD3"
     conditioning_names = ("text", "pooled")
     token_names = ("tokens", "tokens_2", "text_3")
+    denoiser_folder = "transformer"
 
-    @classmethod
-    def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
-        """Check and load a model of this family. Raises `InputMissing` and `BadData`."""
-        weights = check_files(folder, TRAINABLE[cls.name])
-        check_networks(folder, cls.name)
-        return cls(ModelFiles(folder, weights), device=device, dtype=dtype, weights_dtype=weights_dtype)
+    @property
+    def size_multiple(self) -> int:  # noqa: D102 - as in `Family`; likewise below
+        return int(self.latent_scale * self.denoiser.config.patch_size)
 
-    def __init__(
-        self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype
-    ) -> None:
-        """Load from a folder that has been checked. T5, which is larger than the denoiser, is kept in its dtype."""
-        from diffusers import SD3Transformer2DModel
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+    def load_process(self, folder: Path) -> Process:  # noqa: D102
+        return load_flow_process(folder)
 
-        super().__init__(files, device=device, dtype=dtype)
-        folder = files.folder
-        denoiser: Any = loaded(SD3Transformer2DModel, folder / "transformer", torch_dtype=weights_dtype).to(device)
-        self.denoiser: nn.Module = denoiser
-        self.size_multiple = self.latent_scale * denoiser.config.patch_size
-        for name in ("text_encoder", "text_encoder_2"):
-            self.text_encoders[name] = load_text_encoder(CLIPTextModelWithProjection, folder / name)
-        self.text_encoders["text_encoder_3"] = load_text_encoder(T5EncoderModel, folder / "text_encoder_3", dtype=dtype)
-        kinds = (CLIPTokenizer, CLIPTokenizer, T5TokenizerFast)
-        for kind, encoder in zip(kinds, list(self.text_encoders), strict=True):
-            name = encoder.replace("text_encoder", "tokenizer")
-            self.tokenizers[name] = load_tokenizer(kind, folder / name, self.text_encoders[encoder])
-        self.process: Process = load_flow_process(folder)
-
-    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: D102 - as in `Family`; likewise below
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: D102
         first, second, third = self.tokenizers.values()
         t5 = self.text_encoders["text_encoder_3"].to(self.device)
         with torch.no_grad():
@@ -77,10 +54,7 @@ class StableDiffusion3(TextToImage):
         }
 
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        first, second = (
-            encoder(tokens[name].to(next(encoder.parameters()).device), output_hidden_states=True)
-            for name, encoder in zip(("tokens", "tokens_2"), self.text_encoders.values(), strict=False)
-        )
+        first, second = clip_outputs(self.text_encoders, tokens)
         clip = penultimate(first, second)
         t5 = tokens["text_3"].to(clip.device)
         padded = nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))

@@ -5,20 +5,15 @@ Its published VAE overflows in fp16; here every VAE computes in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_api.model import Family as FamilyName
 from diffusion_trainer.models.base import Conditioning, Targets
-from diffusion_trainer.models.files import ModelFiles
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, check_networks
 from diffusion_trainer.models.latent import CLIP_TOKENS, TextToImage, token_ids, unet_targets
-from diffusion_trainer.models.loading import load_discrete_process, load_text_encoder, load_tokenizer, loaded
-from diffusion_trainer.objective import Process
 
 
 class StableDiffusionXL(TextToImage):
@@ -28,30 +23,6 @@ class StableDiffusionXL(TextToImage):
     conditioning_names = ("text", "pooled")
     token_names = ("tokens", "tokens_2")
 
-    @classmethod
-    def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
-        """Check and load a model of this family. Raises `InputMissing` and `BadData`."""
-        weights = check_files(folder, TRAINABLE[cls.name])
-        check_networks(folder, cls.name)
-        return cls(ModelFiles(folder, weights), device=device, dtype=dtype, weights_dtype=weights_dtype)
-
-    def __init__(
-        self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype
-    ) -> None:
-        """Load from a folder that has been checked."""
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-        super().__init__(files, device=device, dtype=dtype)
-        folder = files.folder
-        self.denoiser: nn.Module = loaded(UNet2DConditionModel, folder / "unet", torch_dtype=weights_dtype).to(device)
-        self._encoder = load_text_encoder(CLIPTextModel, folder / "text_encoder")
-        self._encoder_2 = load_text_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2")
-        self.text_encoders |= {"text_encoder": self._encoder, "text_encoder_2": self._encoder_2}
-        for name, encoder in (("tokenizer", self._encoder), ("tokenizer_2", self._encoder_2)):
-            self.tokenizers[name] = load_tokenizer(CLIPTokenizer, folder / name, encoder)
-        self.process: Process = load_discrete_process(folder)
-
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: D102 - as in `Family`; likewise below
         return {
             tokens: token_ids(tokenizer, captions, length=CLIP_TOKENS)
@@ -59,8 +30,7 @@ class StableDiffusionXL(TextToImage):
         }
 
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
-        first = self._encoder(tokens["tokens"].to(self._encoder.device), output_hidden_states=True)
-        second = self._encoder_2(tokens["tokens_2"].to(self._encoder_2.device), output_hidden_states=True)
+        first, second = clip_outputs(self.text_encoders, tokens)
         return {"text": penultimate(first, second), "pooled": second.text_embeds}
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, geometry: Tensor) -> Tensor:  # noqa: D102
@@ -70,6 +40,12 @@ class StableDiffusionXL(TextToImage):
 
     def lora_target_modules(self, targets: Targets) -> list[str]:  # noqa: D102
         return unet_targets(targets)
+
+
+def clip_outputs(encoders: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Yield what the two CLIP text encoders of SDXL and SD3 make of their tokens, with their hidden states."""
+    for encoder, name in (("text_encoder", "tokens"), ("text_encoder_2", "tokens_2")):
+        yield encoders[encoder](tokens[name].to(encoders[encoder].device), output_hidden_states=True)
 
 
 def penultimate(*outputs: Any) -> Tensor:
