@@ -149,7 +149,7 @@ def test_pictures_are_drawn_as_if_nothing_had_been_cut_off(monkeypatch):
     """Interfaces let the user say another crop than (0, 0), and SDXL draws pictures without a head."""
 
     class Family:
-        denoiser, device, latent_channels, latent_scale = nn.Linear(1, 1), "cpu", 4, 8
+        denoiser, device, latent_channels, latent_scale, process = nn.Linear(1, 1), "cpu", 4, 8, None
 
         def decode(self, _latents):
             return torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
