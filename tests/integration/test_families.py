@@ -424,6 +424,20 @@ def test_the_preflight_knows_every_family_without_its_weights(folders, tmp_path)
         assert {path.stat().st_size for path in weights} == {0}
 
 
+@pytest.mark.parametrize(("architecture", "most"), [("SD1", 77), ("SDXL", 77), ("SD3", 256), ("UNet2D", None)])
+def test_captions_that_are_longer_than_the_model_reads(opened, architecture, most):
+    family = opened(architecture)
+    assert family.cut_off([]) == []
+    if most is None:
+        assert family.cut_off(["a" * 500]) == []
+        return
+    last = list(family.tokenizers)[-1]  # of SD3 that is T5's
+    around = len(family.tokenizers[last]("a").input_ids) - 1  # marks: in these vocabularies a letter is a token
+    fits, long = "a" * (most - around), "a" * (most - around + 1)
+    assert [len(family.tokenizers[last](text).input_ids) for text in (fits, long)] == [most, most + 1]
+    assert family.cut_off([fits, long, ""]) == [long]
+
+
 @pytest.mark.parametrize(("architecture", "prediction"), [("SD2", "Epsilon"), ("SD2-v", "VPrediction")])
 def test_sd2_predicts_what_its_scheduler_says(opened, architecture, prediction):
     assert opened(architecture).process.prediction_type == prediction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from diffusion_trainer.class_images import with_class_images
 from diffusion_trainer.data import Batch, DatasetLock, Plan, Share
 from diffusion_trainer.device import Device, micro_batch_size, open_device
 from diffusion_trainer.errors import BadConfig, NotFound, PreconditionFailed
-from diffusion_trainer.methods import Attached
+from diffusion_trainer.methods import Attached, TextPath
 from diffusion_trainer.models import Family
 from diffusion_trainer.objective import Objective, objective_of
 from diffusion_trainer.peers import Peers
@@ -87,6 +87,8 @@ def prepare(run: RunConfig, stores: Stores, *, work: Path, board: Board, peers: 
         scorer = open_scorer(spec, lock, pictures, source=stores.scores, device=device.torch, report=report)
     lock = with_class_images(lock, family, spec, state=stores.state, pictures=pictures, peers=peers, report=report)
     attached = methods.attach(family, spec, seed=seed)
+    for warning in cut_off(spec, lock, attached.text):
+        board.warn(warning)
     variants = spec.dataset.augmentation.variants_per_image
     captions = data.CaptionVariants(spec.dataset.captions, variants=variants, seed=seed)
     build = partial(
@@ -154,6 +156,18 @@ def narrator(board: Board, *, monotonic: Callable[[], float] = time.monotonic) -
             LOG.info(detail)
 
     return report
+
+
+def cut_off(spec: TrainerSpec, lock: DatasetLock, text: TextPath) -> Iterator[str]:
+    """Yield a warning where captions, or prompts of samples, are longer than the model reads."""
+    captions = sorted({image.caption for image in lock.images})
+    prompts = [text for one in spec.validation.prompts for text in (one.prompt, one.negative_prompt)]
+    for what, texts in (("captions", captions), ("validation.prompts", prompts)):
+        if found := text.cut_off(texts):
+            yield (
+                f"{len(found)} of {len(texts)} {what} are longer than the model reads, and their ends are lost on it, "
+                f"e.g. that of {found[0][:60]!r}...; put what matters first, or shorten them"
+            )
 
 
 def check_split(spec: TrainerSpec, lock: DatasetLock) -> None:

@@ -29,11 +29,12 @@ from diffusion_trainer.errors import (
     GpuOutOfMemory,
 )
 from diffusion_trainer.guard import Guard
+from diffusion_trainer.methods import TextPath
 from diffusion_trainer.metrics import Metrics
 from diffusion_trainer.objective import DiscreteObjective
 from diffusion_trainer.objectstore import open_store
 from diffusion_trainer.optim import Group, apply_update
-from diffusion_trainer.preparation import check_split
+from diffusion_trainer.preparation import check_split, cut_off
 from diffusion_trainer.progress import Board
 from diffusion_trainer.state import Basis, made_trainable, restore, snapshot
 from diffusion_trainer.stepping import Taken, gradients
@@ -467,3 +468,21 @@ def test_early_stopping_needs_an_image_that_can_be_spared():
         check_split(stopping, DatasetLock((alone,), {}, {}))
     check_split(stopping, DatasetLock((alone, held_out), {}, {}))
     check_split(_run().spec, DatasetLock((alone,), {}, {}))
+
+
+def test_texts_that_are_longer_than_the_model_reads_are_told_of():
+    prompts = [{"prompt": "short", "negativePrompt": "ugly, " * 50}]
+    spec = TrainerSpec.model_validate(_run().spec.to_json_object() | {"validation": {"prompts": prompts}})
+    images = tuple(
+        LockedImage(f"{i}", f"{i}.png", 64, 64, caption, (64, 64), "train")
+        for i, caption in enumerate(("a dog", "a cat", "a long story of " + 100 * "x", "a cat"))
+    )
+    family = SimpleNamespace(cut_off=lambda texts: [text for text in texts if len(text) > 77])
+    lock = DatasetLock(images, {}, {})
+    captions, samples = cut_off(spec, lock, TextPath(family))
+    assert captions.startswith("1 of 3 captions are longer than the model reads")
+    assert "'a long story of xxx" in captions
+    assert samples.startswith("1 of 2 validation.prompts are longer")
+    doubled = TextPath(family, written=lambda text: text * 20)  # a new word may be several
+    assert [text[:6] for text in cut_off(spec, lock, doubled)] == ["3 of 3", "2 of 2"]
+    assert list(cut_off(_run().spec, DatasetLock(images[:2], {}, {}), TextPath(family))) == []

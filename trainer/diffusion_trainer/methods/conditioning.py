@@ -43,6 +43,11 @@ class TextPath:
         texts = [self.written(caption) for caption in captions]
         return self.family.tokenize(texts) if self.live else self.family.encode_text(texts)
 
+    def cut_off(self, captions: Sequence[str]) -> list[str]:
+        """Return the captions whose end no text encoder reads."""
+        found = set(self.family.cut_off([self.written(caption) for caption in captions]))
+        return [caption for caption in captions if self.written(caption) in found]
+
     def conditioning(self, cached: Conditioning) -> Conditioning:
         """Return the conditioning of what was cached; from tokens, gradients pass to the text encoders."""
         return self.family.encode_tokens(cached) if self.live else cached

@@ -103,6 +103,10 @@ class Family(Protocol):
         """
         ...
 
+    def cut_off(self, captions: Sequence[str]) -> list[str]:
+        """Return the captions that are longer than any text encoder reads: what is behind that, nobody learns."""
+        ...
+
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the conditioning of what `tokenize` returned, where CLIP is; gradients pass through CLIP."""
         ...

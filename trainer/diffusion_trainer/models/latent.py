@@ -31,6 +31,8 @@ class TextToImage(ABC):
     name: FamilyName
     denoiser_folder = "unet"
     latent_scale = 8
+    reads_most: tuple[str, int] = ("tokenizer", CLIP_TOKENS)
+    """The tokenizer whose text encoder reads most, and how many tokens that is, marks of begin and end among them."""
 
     @classmethod
     def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
@@ -83,6 +85,11 @@ class TextToImage(ABC):
     @abstractmethod
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the conditioning of token ids, as in `Family`."""
+
+    def cut_off(self, captions: Sequence[str]) -> list[str]:  # noqa: D102
+        folder, most = self.reads_most
+        tokens = self.tokenizers[folder](list(captions), verbose=False).input_ids if captions else []
+        return [caption for caption, found in zip(captions, tokens, strict=True) if len(found) > most]
 
     def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: D102
         for encoder in self.text_encoders.values():

@@ -34,6 +34,7 @@ class StableDiffusion3(TextToImage):
     conditioning_names = ("text", "pooled")
     token_names = ("tokens", "tokens_2", "text_3")
     denoiser_folder = "transformer"
+    reads_most = ("tokenizer_3", T5_TOKENS)
 
     @property
     def size_multiple(self) -> int:  # noqa: D102 - as in `Family`; likewise below

@@ -63,6 +63,9 @@ class UnconditionalUNet:
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:  # noqa: ARG002, D102
         return {}
 
+    def cut_off(self, captions: Sequence[str]) -> list[str]:  # noqa: ARG002, D102
+        return []
+
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002, D102
         return {}
 
