@@ -82,7 +82,7 @@ class Family(Protocol):
 
     @property
     def token_names(self) -> tuple[str, ...]:
-        """Return the names of what `tokenize` returns."""
+        """Return the names of what `tokenize` returns: of tokens, and of what T5 says."""
         ...
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

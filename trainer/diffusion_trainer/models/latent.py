@@ -80,11 +80,11 @@ class TextToImage(ABC):
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return token ids by tokenizer, as in `Family`."""
+        """Return what of captions no training changes, as in `Family`."""
 
     @abstractmethod
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the conditioning of token ids, as in `Family`."""
+        """Return the conditioning of that, as in `Family`."""
 
     def cut_off(self, captions: Sequence[str]) -> list[str]:  # noqa: D102
         folder, most = self.reads_most
