@@ -68,7 +68,7 @@ class Optimizer(ApiModel):
     )
 
     name: OptimizerName = "AdamW"
-    """Algorithm. AdamW8bit (arXiv 2110.02861) needs less memory and CUDA, Adafactor (arXiv 1804.04235) still less;
+    """Algorithm. AdamW8bit (arXiv 2110.02861) needs less memory, Adafactor (arXiv 1804.04235) still less;
     Lion (arXiv 2302.06675) wants a lower learning rate; Prodigy (arXiv 2306.06101) finds its own, a factor of which
     learningRate then is."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01

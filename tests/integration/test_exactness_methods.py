@@ -75,6 +75,12 @@ METHODS = {
         "validation": {"prompts": []},
         "output": {"formats": ["Diffusers"]},
     },
+    "everything, with moments of 8 bits": {
+        "method": "FineTune",
+        "lora": None,
+        "training": {"optimizer": {"name": "AdamW8bit"}},
+        "output": {"formats": ["Diffusers"]},
+    },
     "everything of SD3, by flow, with text": {
         "family": "SD3",
         "method": "FineTune",
@@ -131,7 +137,7 @@ class Bench:
             section: {**spec[section], **value} if isinstance(value, dict) and section in spec else value
             for section, value in sections.items()
         }
-        job.overrides["training"] = {"maxSteps": STEPS}
+        job.overrides["training"] = {"maxSteps": STEPS} | sections.get("training", {})
         job.overrides["validation"] = {"everySteps": 3, "prompts": [{"prompt": "<it>", "steps": 2}]} | sections.get(
             "validation", {}
         )

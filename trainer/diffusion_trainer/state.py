@@ -82,7 +82,7 @@ def made_trainable(groups: Sequence[Group], training: Training, *, device: Devic
     parameters = dict(sorted(item for group in groups for item in group.parameters.items()))
     return Trained(
         parameters,
-        make_optimizer(groups, training.optimizer, device=device.torch),
+        make_optimizer(groups, training.optimizer),
         Guard(training.non_finite, device.torch),
         Average(parameters, decay=training.ema.decay) if training.ema.enabled else None,
         LossScale(device.torch) if device.dtype == torch.float16 else None,

@@ -3,7 +3,7 @@
 | name | from | why this one |
 |---|---|---|
 | AdamW | torch, fused | one kernel for all parameters, and it can be told on the device to skip a step |
-| AdamW8bit | bitsandbytes | the only kept one with moments of 8 bits; needs CUDA |
+| AdamW8bit | bitsandbytes | the only kept one with moments of 8 bits, in blocks of 256; below 4096 elements they are fp32 |
 | Adafactor | transformers | takes an absolute learning rate; torch's scales it by the size of the weights, so that the half of an adapter that begins at zero would stay there |
 | Prodigy, Lion | pytorch-optimizer | batched kernels, one look at the device per step where the authors' Prodigy takes two per parameter; released monthly |
 """  # noqa: E501 - a table
@@ -37,17 +37,17 @@ class Group:
     """Whether the optimizer's weight decay applies."""
 
 
-def make_optimizer(groups: Sequence[Group], settings: Optimizer, *, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(groups: Sequence[Group], settings: Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer that the settings name, over all groups.
 
     Weight decay leaves out what has one dimension (biases, scales of norms): decaying those bounds nothing and costs
     accuracy (He et al. 2019, arXiv 1812.01187, section 3.1; diffusers' and nanoGPT's groups are the same).
 
     Raises:
-        BadConfig: the optimizer needs a GPU or a library that is not there, or cannot have several learning rates.
+        BadConfig: the optimizer needs a library that is not there, or cannot have several learning rates.
 
     """
-    return _MAKERS[settings.name](_parameter_groups(groups, settings), settings.filled(), device)
+    return _MAKERS[settings.name](_parameter_groups(groups, settings), settings.filled())
 
 
 def _parameter_groups(groups: Sequence[Group], settings: Optimizer) -> ParameterGroups:
@@ -63,25 +63,20 @@ def _parameter_groups(groups: Sequence[Group], settings: Optimizer) -> Parameter
     return found
 
 
-def _adamw(groups: ParameterGroups, settings: Optimizer, _: torch.device) -> torch.optim.Optimizer:
+def _adamw(groups: ParameterGroups, settings: Optimizer) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=_betas(settings), eps=_there(settings.epsilon), fused=True)
 
 
-def _adamw_8bit(groups: ParameterGroups, settings: Optimizer, device: torch.device) -> torch.optim.Optimizer:
-    if device.type != "cuda":
-        raise BadConfig(
-            "training.optimizer.name is AdamW8bit, whose kernels are for CUDA, and this run computes on "
-            f"{device.type.upper()}; use AdamW"
-        )
+def _adamw_8bit(groups: ParameterGroups, settings: Optimizer) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise _missing("AdamW8bit", "bitsandbytes", extra="cuda") from error
+        raise _missing("AdamW8bit", "bitsandbytes", extra="optimizers") from error
     made: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=_betas(settings), eps=_there(settings.epsilon))
     return made
 
 
-def _adafactor(groups: ParameterGroups, settings: Optimizer, _: torch.device) -> torch.optim.Optimizer:
+def _adafactor(groups: ParameterGroups, settings: Optimizer) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     made: torch.optim.Optimizer = Adafactor(
@@ -96,7 +91,7 @@ def _adafactor(groups: ParameterGroups, settings: Optimizer, _: torch.device) ->
     return made
 
 
-def _prodigy(groups: ParameterGroups, settings: Optimizer, _: torch.device) -> torch.optim.Optimizer:
+def _prodigy(groups: ParameterGroups, settings: Optimizer) -> torch.optim.Optimizer:
     if len({group["lr_scale"] for group in groups}) > 1:
         raise BadConfig(
             "training.optimizer.name is Prodigy, which finds one learning rate for everything, but "
@@ -119,7 +114,7 @@ def _prodigy(groups: ParameterGroups, settings: Optimizer, _: torch.device) -> t
     return made
 
 
-def _lion(groups: ParameterGroups, settings: Optimizer, _: torch.device) -> torch.optim.Optimizer:
+def _lion(groups: ParameterGroups, settings: Optimizer) -> torch.optim.Optimizer:
     try:
         from pytorch_optimizer import Lion
     except ImportError as error:
@@ -128,7 +123,7 @@ def _lion(groups: ParameterGroups, settings: Optimizer, _: torch.device) -> torc
     return made
 
 
-_MAKERS: dict[str, Callable[[ParameterGroups, Optimizer, torch.device], torch.optim.Optimizer]] = {
+_MAKERS: dict[str, Callable[[ParameterGroups, Optimizer], torch.optim.Optimizer]] = {
     "AdamW": _adamw,
     "AdamW8bit": _adamw_8bit,
     "Adafactor": _adafactor,
