@@ -109,20 +109,6 @@ def test_text_encoders_have_a_learning_rate_of_their_own(folder):
     assert all(name.startswith("text_encoder.") for name in text.parameters)
 
 
-def test_adapters_do_not_wait_for_a_library_of_quantised_layers(folder, monkeypatch):
-    """PEFT imports bitsandbytes, and with it torch's compiler, to see whether a layer is one of its own."""
-    looked = []
-    monkeypatch.setattr("peft.tuners.lora.model.is_bnb_available", lambda: looked.append("8 bits"))
-    monkeypatch.setattr("peft.tuners.lora.model.is_bnb_4bit_available", lambda: looked.append("4 bits"))
-    job = spec(folder)
-    attach(opened(job, folder), job, seed=1)
-    assert looked == []
-    from peft.tuners.lora import model
-
-    model.is_bnb_available()
-    assert looked == ["8 bits"]  # it is put back
-
-
 def test_adapters_drop_by_key_alone(folder):
     job = spec(folder, lora={"dropout": 0.3, "rank": 4})
     family = opened(job, folder)

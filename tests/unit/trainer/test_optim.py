@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from diffusion_api.training import Optimizer
+from diffusion_trainer import hiding
 from diffusion_trainer.errors import BadConfig, CheckpointUnsupported
 from diffusion_trainer.optim import (
     Group,
@@ -243,9 +246,22 @@ def test_prodigy_refuses_several_learning_rates():
 )
 def test_a_missing_library_is_named_with_a_remedy(monkeypatch, name, library):
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setitem(sys.modules, f"{library}.optim", None)
+    monkeypatch.setattr(hiding, "_NAME", "a library that is not there")
     with pytest.raises(BadConfig, match=rf"optimizer\.name is {name}.*lacks {library.replace('_', '.')}.*use AdamW"):
         make_optimizer([Group(_problem())], Optimizer(name=name))
+
+
+@pytest.mark.nightly
+def test_other_libraries_do_not_import_bitsandbytes_and_the_trainer_can():
+    """In an interpreter of its own; without hiding it, diffusers would have imported it."""
+    program = (
+        "import diffusion_trainer, sys; from diffusers.models.modeling_utils import ModelMixin\n"
+        "from importlib.util import find_spec\n"
+        "assert find_spec('bitsandbytes') is None and not sys.modules['bitsandbytes']\n"
+        "from diffusion_trainer.hiding import import_bitsandbytes\n"
+        "assert import_bitsandbytes().optim.AdamW8bit"
+    )
+    subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
 
 
 # --- updates ---

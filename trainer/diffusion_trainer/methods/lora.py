@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ def _adapters(
         use_dora=lora.use_dora,
     )
     module.requires_grad_(requires_grad=False)
-    with torch.random.fork_rng(devices=[]), _without_quantised_layers():  # PEFT draws values that are replaced
+    with torch.random.fork_rng(devices=[]):  # PEFT draws values that are replaced
         inject_adapter_in_model(config, module, ADAPTER)
     if lora.dropout:
         layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLayer)}
@@ -95,22 +94,6 @@ def _adapters(
         for mark, suffix in _MARKS.items():
             if path.endswith(mark):
                 yield path.removesuffix(mark) + suffix, parameter
-
-
-@contextmanager
-def _without_quantised_layers() -> Iterator[None]:
-    """Keep PEFT from looking for layers of bitsandbytes, of which there are none.
-
-    It imports that library to look, and with it torch's compiler: seconds at the start of every job.
-    """
-    from peft.tuners.lora import model
-
-    kept = model.is_bnb_available, model.is_bnb_4bit_available
-    model.is_bnb_available = model.is_bnb_4bit_available = lambda: False
-    try:
-        yield
-    finally:
-        model.is_bnb_available, model.is_bnb_4bit_available = kept
 
 
 def _initial(name: str, parameter: nn.Parameter, *, seed: int) -> Tensor:

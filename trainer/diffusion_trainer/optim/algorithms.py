@@ -20,6 +20,7 @@ from torch import nn
 from diffusion_api.training import Optimizer
 from diffusion_trainer.errors import BadConfig
 from diffusion_trainer.fitting import in_parts
+from diffusion_trainer.hiding import import_bitsandbytes
 
 ParameterGroups = list[dict[str, Any]]
 
@@ -69,10 +70,12 @@ def _adamw(groups: ParameterGroups, settings: Optimizer) -> torch.optim.Optimize
 
 def _adamw_8bit(groups: ParameterGroups, settings: Optimizer) -> torch.optim.Optimizer:
     try:
-        from bitsandbytes.optim import AdamW8bit
+        library = import_bitsandbytes()
     except ImportError as error:
         raise _missing("AdamW8bit", "bitsandbytes", extra="optimizers") from error
-    made: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=_betas(settings), eps=_there(settings.epsilon))
+    made: torch.optim.Optimizer = library.optim.AdamW8bit(
+        groups, lr=0.0, betas=_betas(settings), eps=_there(settings.epsilon)
+    )
     return made
 
 
