@@ -5,18 +5,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from diffusion_api.training import Objective as Asked
 from diffusion_trainer.data.transforms import Geometry
+from diffusion_trainer.device import Device
 from diffusion_trainer.errors import BadConfig
+from diffusion_trainer.fitting import set_attention
 from diffusion_trainer.methods import fine_tune
 from diffusion_trainer.models.autoencoder import Autoencoder
+from diffusion_trainer.models.sd1 import StableDiffusion1
 from diffusion_trainer.models.sd3 import StableDiffusion3
 from diffusion_trainer.objective import DiscreteProcess, FlowObjective, FlowProcess, objective_of, process_as_asked
 from diffusion_trainer.objective.discrete import add_noise, snr_weights, target
 from diffusion_trainer.rng import Purpose, stream
 from diffusion_trainer.sampling import grid
+from testkit.tiny import UNET
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
 
@@ -191,6 +198,40 @@ def test_sd_scripts_653_the_vae_of_sdxl_overflows_in_fp16():
     check(Loud())
     with pytest.raises(AssertionError):
         check(Half())
+
+
+def test_the_fp16_attention_of_sd2_1_v_overflows():
+    """Its products of queries and keys pass 65504; autocast takes back diffusers' `upcast_attention` of them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = UNet2DConditionModel(**UNET, upcast_attention=True).eval()
+    for block in (module for module in network.modules() if isinstance(module, BasicTransformerBlock)):
+        # One channel is 1 at each place, and makes 512 of each query and key: all their products are 2 ** 18 greater.
+        block.norm1.weight.data[0], block.norm1.bias.data[0] = 0, 1
+        for layer in (block.attn1.to_q, block.attn1.to_k):
+            heads = layer.weight.data.unflatten(0, (block.attn1.heads, -1))
+            heads[:, 0] = 512 * torch.eye(1, heads.shape[-1])
+
+    def predicted(dtype):
+        numbers = torch.Generator().manual_seed(1)
+        noisy, text = torch.randn(2, 4, 8, 8, generator=numbers), torch.randn(2, 77, 32, generator=numbers)
+        device = Device(SimpleNamespace(device=torch.device("cpu")), dtype)
+        family = SimpleNamespace(denoiser=network.to(dtype))
+        with torch.no_grad(), device.autocast():
+            return StableDiffusion1.predict(family, noisy, torch.tensor([10, 900]), {"text": text}, None).float()
+
+    set_attention(network, "Auto", device=torch.device("cpu"))
+    wanted = predicted(torch.float32)
+
+    def check():
+        found = predicted(torch.float16)
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, wanted, atol=0.01, rtol=0)
+
+    check()
+    network.set_attn_processor(AttnProcessor())
+    with pytest.raises(AssertionError):
+        check()
 
 
 def test_diffusers_6363_trained_weights_are_kept_in_fp16(monkeypatch):
