@@ -1,7 +1,7 @@
 # Every target sets itself up: the Python environment and the tools are made in a cache outside of the clone.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env generate verify fix test nightly tools test-unit demo cluster-up cluster-down guides bench
+.PHONY: help env generate verify fix test gpu nightly tools test-unit demo cluster-up cluster-down guides bench
 
 export PYTHONPATH := $(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer:$(CURDIR)/tests
 # Numbers must not depend on how many threads a machine has, and two test processes must not fight for two cores.
@@ -42,6 +42,9 @@ test: tools ## every tier but gpu and nightly
 	part second $(second) & second=$$!; \
 	failed=0; for one in first second e2e; do wait $${!one} || failed=1; cat "$$own/$$one.log"; done; \
 	rm -rf "$$own"; exit $$failed
+
+gpu: ## what needs a CUDA device; skipped without one
+	$(python) -m pytest -m gpu tests/gpu
 
 nightly: tools ## the long sweeps
 	$(python) -m pytest -m nightly --timeout=3600 tests
