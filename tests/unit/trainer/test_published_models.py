@@ -161,7 +161,7 @@ def test_a_published_single_file_is_read_without_leftovers(name):
 
 
 def test_a_refiner_is_refused():
-    with pytest.raises(BadData, match="without the text encoders of SD1, SD2 or SDXL base"):
+    with pytest.raises(BadData, match="with other text encoders than those of SD1, SD2 or SDXL base"):
         configurations(shapes(single("SDXL", refiner=True)), where="x")
 
 
