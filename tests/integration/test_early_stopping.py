@@ -5,18 +5,12 @@ rises. Everything is compared with one undisturbed run without early stopping on
 to its curve by hand. The dataset has several concepts and every augmentation.
 """
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_api import names
-from diffusion_trainer.checkpoint import Ledger
-from diffusion_trainer.objectstore import open_store
-from testkit.attempts import UID, TrainerJob
+from testkit.attempts import TrainerJob
 from testkit.tiny import make_image_folder, make_tiny_sd1
-from testkit.warm import WarmTrainers
 
 STEPS, EVERY, PATIENCE = 12, 2, 2
 OVERFIT = [("overshoot_from", 4)]
@@ -30,12 +24,6 @@ def inputs(tmp_path_factory):
     make_image_folder(root / "dogs", 3, captions="None", seed=1)
     make_image_folder(root / "cats", 4, seed=2)
     return root
-
-
-@pytest.fixture(scope="module")
-def trainers():
-    with WarmTrainers() as started:
-        yield started
 
 
 def job_of(root, inputs, trainers, *, stopping=None):
@@ -61,14 +49,12 @@ def job_of(root, inputs, trainers, *, stopping=None):
 
 
 def curve(job):
-    lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
+    lines = job.metrics()
     return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
 
 
 def pinned(job):
-    store = open_store(f"file://{job.output}/{names.checkpoint_prefix(UID)}")
-    ledger = Ledger(store, attempt=99, run_spec_sha=json.loads(store.get("HEAD.json"))["run_spec_sha"])
-    found = ledger.load_best()
+    found = job.ledger().load_best()
     assert found is not None
     return found
 

@@ -17,11 +17,8 @@ from safetensors.torch import load
 
 from diffusion_api import names
 from diffusion_api.outcomes import ExitCode
-from diffusion_trainer.checkpoint import Ledger
-from diffusion_trainer.objectstore import open_store
-from testkit.attempts import UID, TrainerJob
+from testkit.attempts import TrainerJob
 from testkit.tiny import make_image_folder, make_tiny_clip, make_tiny_sd1
-from testkit.warm import WarmTrainers
 
 STEPS = 6
 KILLED = -9
@@ -40,27 +37,19 @@ def inputs(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def trainers():
-    with WarmTrainers() as started:
-        yield started
-
-
 def resumed_from(job):
     return job.last_word().get("resumedFromStep", 0)
 
 
 def result(job):
     """Return everything that a run leaves: tensors by name, and the bytes of its files."""
-    store = open_store(f"file://{job.output}/{names.checkpoint_prefix(UID)}")
-    ledger = Ledger(store, attempt=99, run_spec_sha=json.loads(store.get("HEAD.json"))["run_spec_sha"])
-    snapshot = ledger.load()
+    snapshot = job.ledger().load()
     assert snapshot is not None
     assert snapshot.step == STEPS
     tensors = {f"{g}/{n}": t for g, group in snapshot.tensors.items() for n, t in group.items()}
     files = [names.METRICS_FILE, "diffusers/pytorch_lora_weights.safetensors", "kohya/lora.safetensors"]
     contents = {name: (job.output / name).read_bytes() for name in files}
-    best = json.loads(store.get("HEAD.json"))["best"]
+    best = job.head()["best"]
     return tensors, contents | {"best": json.dumps([best["step"], best["metric"], best["value"]]).encode()}
 
 
@@ -228,7 +217,7 @@ def test_going_back_is_repeated_by_a_run_that_was_killed(job, tmp_path_factory, 
     assert [text.split(" of the")[0] for text in warnings if "back to" in text] == [
         "back to the newest checkpoint, with 0.5", "back to the newest checkpoint, with 0.25",
     ]  # fmt: skip
-    lines = [json.loads(line) for line in (undisturbed.output / names.METRICS_FILE).read_text().splitlines()]
+    lines = undisturbed.metrics()
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert None not in [line["loss"] for line in lines]
     assert varied(job, variant).attempt(seams=lose, failpoint="step:4:kill") == KILLED
@@ -274,7 +263,7 @@ def test_scores_change_nothing_of_the_training(job, reference):
     assert "clip_score" not in (job.output / names.METRICS_FILE).read_text()
     job.finish()
     assert resumed_from(job) == 3
-    lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
+    lines = job.metrics()
     found = {line["step"]: (line.pop("clip_score"), line.pop("kid")) for line in lines if "clip_score" in line}
     assert sorted(found) == [3, 6]
     assert found[3] != found[6]

@@ -4,18 +4,12 @@
 and every method after each step in the nightly tests.
 """
 
-import json
-
 import pytest
 import torch
 
-from diffusion_api import names
-from diffusion_trainer.checkpoint import Ledger
-from diffusion_trainer.objectstore import open_store
-from testkit.attempts import UID, TrainerJob
+from testkit.attempts import TrainerJob
 from testkit.tiny import make_image_folder
 from testkit.tiny_families import make_tiny
-from testkit.warm import WarmTrainers
 
 STEPS = 5
 KILLED = -9
@@ -116,12 +110,6 @@ def inputs(tmp_path_factory):
     return of
 
 
-@pytest.fixture(scope="module")
-def trainers():
-    with WarmTrainers() as started:
-        yield started
-
-
 class Bench:
     """Undisturbed runs, each made once."""
 
@@ -158,9 +146,7 @@ def bench(tmp_path_factory, inputs, trainers):
 
 def result(job):
     """Return everything that a run leaves: tensors of its last checkpoint, and the bytes of what it exported."""
-    store = open_store(f"file://{job.output}/{names.checkpoint_prefix(UID)}")
-    ledger = Ledger(store, attempt=99, run_spec_sha=json.loads(store.get("HEAD.json"))["run_spec_sha"])
-    snapshot = ledger.load()
+    snapshot = job.ledger().load()
     assert snapshot is not None
     assert snapshot.step == STEPS
     tensors = {f"{g}/{n}": t for g, group in snapshot.tensors.items() for n, t in group.items()}

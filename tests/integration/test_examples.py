@@ -10,7 +10,6 @@ from diffusion_trainer.output import CARD
 from testkit.attempts import TrainerJob
 from testkit.tiny import make_image_folder
 from testkit.tiny_families import make_tiny
-from testkit.warm import WarmTrainers
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "methods").glob("*.yaml"))
 FOLDERS = ("data", "others", "ordinary")
@@ -25,12 +24,6 @@ def inputs(tmp_path_factory):
     for number, folder in enumerate(FOLDERS):
         make_image_folder(root / folder, 5, seed=number)
     return root
-
-
-@pytest.fixture(scope="module")
-def trainers():
-    with WarmTrainers() as started:
-        yield started
 
 
 def made_tiny(spec, inputs, destination):

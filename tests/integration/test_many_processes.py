@@ -13,8 +13,6 @@ import torch
 
 from diffusion_api import names
 from diffusion_api.outcomes import ExitCode
-from diffusion_trainer.checkpoint import Ledger
-from diffusion_trainer.objectstore import open_store
 from testkit.attempts import UID, TrainerJob
 from testkit.tiny import make_image_folder, make_tiny_clip, make_tiny_sd1
 from testkit.waiting import wait_until
@@ -35,12 +33,6 @@ def inputs(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def trainers():
-    with WarmTrainers() as started:
-        yield started
-
-
 @pytest.fixture
 def job(tmp_path, inputs, trainers):
     return TrainerJob(tmp_path, inputs, trainers, run=dict(TWO))
@@ -55,9 +47,7 @@ def undisturbed(tmp_path_factory, inputs, trainers):
 
 
 def tensors_of(job):
-    store = open_store(f"file://{job.output}/{names.checkpoint_prefix(UID)}")
-    ledger = Ledger(store, attempt=99, run_spec_sha=json.loads(store.get("HEAD.json"))["run_spec_sha"])
-    snapshot = ledger.load()
+    snapshot = job.ledger().load()
     assert snapshot is not None
     assert snapshot.step == STEPS
     return {f"{g}/{n}": t for g, group in snapshot.tensors.items() for n, t in group.items()}
@@ -96,7 +86,7 @@ def test_two_processes_train_what_one_would(tmp_path, inputs, trainers, micro_ba
         job.finish(seams=[FORK])
         jobs.append(job)
     assert_same(*jobs, atol=atol)
-    curves = [[json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()] for job in jobs]
+    curves = [job.metrics() for job in jobs]
     for ours, theirs in zip(*curves, strict=True):
         assert ours.keys() == theirs.keys()
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
@@ -126,7 +116,7 @@ def test_two_processes_find_the_scores_that_one_does(tmp_path, inputs, trainers)
             "validation": {"everySteps": 3, "prompts": prompts, "scores": scores},
         }
         job.finish(seams=[FORK])
-        lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
+        lines = job.metrics()
         found.append([(line["step"], line["clip_score"], line["kid"]) for line in lines if "clip_score" in line])
     assert [step for step, *_ in found[0]] == [3, STEPS]
     assert found[0] == found[1]

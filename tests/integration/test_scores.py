@@ -1,15 +1,11 @@
 """Scores while real trainers train: every way from captions to pictures; what a trainer does without a CLIP model."""
 
-import json
-
 import pytest
 
-from diffusion_api import names
 from diffusion_api.outcomes import ExitCode
 from testkit.attempts import TrainerJob
 from testkit.tiny import make_image_folder, make_tiny_clip
 from testkit.tiny_families import make_tiny
-from testkit.warm import WarmTrainers
 
 pytestmark = pytest.mark.nightly
 
@@ -30,12 +26,6 @@ WAYS = {
     "tokens of two encoders that learn": ("SDXL", {"model": {"textEncoder": {"train": True}}}),
     "embeddings, by flow": ("SD3", {}),
 }
-
-
-@pytest.fixture(scope="module")
-def trainers():
-    with WarmTrainers() as started:
-        yield started
 
 
 @pytest.fixture
@@ -63,7 +53,7 @@ def job_of(tmp_path, trainers):
 def test_pictures_change_with_the_weights_and_so_do_scores(job_of, way):
     job = job_of(way)
     job.finish()
-    lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
+    lines = job.metrics()
     kids, scores = ([line[name] for line in lines if name in line] for name in ("kid", "clip_score"))
     assert len(set(kids)) == 2
     assert all(-1 < kid < 10 for kid in kids)

@@ -23,7 +23,6 @@ from diffusion_trainer.stores import open_stores
 from testkit.attempts import TrainerJob
 from testkit.single_files import GROUPS, opened, run_of, words
 from testkit.tiny import SCHEDULER, UNET, VAE, make_image_folder
-from testkit.warm import WarmTrainers
 
 FAMILIES = ("SD1", "SD2", "SDXL")
 UNETS = {
@@ -166,20 +165,19 @@ def test_the_preflight_knows_it_by_its_header(models, tmp_path, name):
 
 
 @pytest.mark.nightly
-def test_a_whole_run_on_a_single_file(models, tmp_path):
+def test_a_whole_run_on_a_single_file(models, trainers, tmp_path):
     """Also in Kohya's format, whose metadata name the checkpoint by its hash."""
     file = models("SD1")[1]
     make_image_folder(tmp_path / "data", 4)
     (tmp_path / "run").mkdir()
-    with WarmTrainers() as trainers:
-        job = TrainerJob(tmp_path / "run", tmp_path, trainers)
-        formats = ["Diffusers", "Kohya", "SingleFile"]
-        job.overrides = {
-            "model": {"source": file.as_uri()},
-            "training": {"maxSteps": 2},
-            "output": {"destination": f"file://{job.output}", "formats": formats},
-        }
-        assert job.attempt() == ExitCode.DONE, job.log.read_text()
+    job = TrainerJob(tmp_path / "run", tmp_path, trainers)
+    formats = ["Diffusers", "Kohya", "SingleFile"]
+    job.overrides = {
+        "model": {"source": file.as_uri()},
+        "training": {"maxSteps": 2},
+        "output": {"destination": f"file://{job.output}", "formats": formats},
+    }
+    assert job.attempt() == ExitCode.DONE, job.log.read_text()
     with safe_open(job.output / "kohya/lora.safetensors", framework="pt") as exported:
         assert exported.metadata()["ss_new_sd_model_hash"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert load_file(job.output / "single-file/model.safetensors").keys() >= load_file(file).keys()

@@ -28,7 +28,6 @@ from testkit.attempts import TrainerJob
 from testkit.single_files import GROUPS, opened, run_of, words
 from testkit.tiny import make_image_folder, write_tokenizer
 from testkit.tiny_families import T5_VOCABULARY, VAE_16, write_t5_tokenizer
-from testkit.warm import WarmTrainers
 
 NAMES = ("SD3.5", pytest.param("SD3", marks=pytest.mark.nightly))
 PUBLISHED = ("SD3-medium", "SD3.5-medium", "SD3.5-large")
@@ -393,18 +392,17 @@ def test_the_configurations_of_published_models_are_the_published_ones(name):
 
 
 @pytest.mark.nightly
-def test_a_whole_run_on_a_single_file(models, tmp_path):
+def test_a_whole_run_on_a_single_file(models, trainers, tmp_path):
     made = models("SD3.5")
     make_image_folder(tmp_path / "data", 4)
     (tmp_path / "run").mkdir()
-    with WarmTrainers() as trainers:
-        job = TrainerJob(tmp_path / "run", tmp_path, trainers)
-        job.overrides = {
-            "model": {"source": made.file.as_uri(), **text(made.words)},
-            "training": {"maxSteps": 2, "objective": ...},
-            "output": {"destination": f"file://{job.output}", "formats": ["Diffusers", "Kohya", "SingleFile"]},
-        }
-        assert job.attempt() == ExitCode.DONE, job.log.read_text()
+    job = TrainerJob(tmp_path / "run", tmp_path, trainers)
+    job.overrides = {
+        "model": {"source": made.file.as_uri(), **text(made.words)},
+        "training": {"maxSteps": 2, "objective": ...},
+        "output": {"destination": f"file://{job.output}", "formats": ["Diffusers", "Kohya", "SingleFile"]},
+    }
+    assert job.attempt() == ExitCode.DONE, job.log.read_text()
     exported, before = load_file(job.output / "single-file/model.safetensors"), load_file(made.file)
     assert exported.keys() == before.keys()
     moved = {key for key, value in before.items() if not torch.equal(value, exported[key])}

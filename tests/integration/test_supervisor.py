@@ -16,7 +16,6 @@ from testkit.attempts import UID, TrainerJob
 from testkit.s3 import S3Server
 from testkit.tiny import make_image_folder, make_tiny_sd1
 from testkit.waiting import wait_until
-from testkit.warm import WarmTrainers
 
 STEPS = 6
 
@@ -27,12 +26,6 @@ def inputs(tmp_path_factory):
     make_tiny_sd1(root / "model")
     make_image_folder(root / "data", 8)
     return root
-
-
-@pytest.fixture(scope="module")
-def trainers():
-    with WarmTrainers() as started:
-        yield started
 
 
 @pytest.fixture
@@ -174,7 +167,7 @@ def test_going_back_does_not_help_for_ever(job):
 def test_a_lost_loss_costs_one_step(job):
     job.finish(seams=[("lose_loss_of_step", 3)])
     assert any("step 3 changed nothing, for its loss was nan" in text for text in job.last_word()["warnings"])
-    lines = [json.loads(line) for line in (job.output / names.METRICS_FILE).read_text().splitlines()]
+    lines = job.metrics()
     assert [line["step"] for line in lines if line["loss"] is None] == [3]
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_api import names
+from diffusion_trainer.checkpoint import Ledger
+from diffusion_trainer.objectstore import open_store
 from testkit.warm import Seam, WarmTrainers
 
 UID = "0000-test"
@@ -114,3 +116,17 @@ class TrainerJob:
         """Return the termination message of the last attempt."""
         word: dict[str, Any] = json.loads((self.folder / "last-word.json").read_text())
         return word
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of the curves at the destination."""
+        return [json.loads(line) for line in (self.output / names.METRICS_FILE).read_text().splitlines()]
+
+    def ledger(self) -> Ledger:
+        """Return the ledger of the checkpoints, to read from."""
+        store = open_store(f"file://{self.output}/{names.checkpoint_prefix(UID)}")
+        return Ledger(store, attempt=99, run_spec_sha=self.head()["run_spec_sha"])
+
+    def head(self) -> dict[str, Any]:
+        """Return what HEAD.json says."""
+        head: dict[str, Any] = json.loads((self.output / names.checkpoint_prefix(UID) / "HEAD.json").read_text())
+        return head

@@ -24,6 +24,7 @@ from diffusion_api.status import BestCheckpoint, LatestCheckpoint, OutputFile, P
 Stage = Literal["Preparing", "Running", "Exporting"]
 _TEXT_LIMIT, _WARNING_LIMIT = 256, 8
 _READ_SECONDS = 5.0
+_CLOSE_SECONDS = 0.05  # how long closing may take: the standard library's 0.5 are felt at the end of every process
 
 
 def timestamp(seconds: float) -> str:
@@ -115,7 +116,7 @@ class ProgressServer(ThreadingHTTPServer):
         self.board = board
         self.metrics = metrics
         super().__init__(("", port), _Handler)
-        self._thread = threading.Thread(target=self.serve_forever, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(_CLOSE_SECONDS,), name="progress", daemon=True)
         self._thread.start()
 
     def server_bind(self) -> None:
