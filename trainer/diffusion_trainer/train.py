@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -150,7 +150,7 @@ def take_steps(work: Work, ready: Ready, stepper: Stepper) -> Ended:
         )
         books.begin(step)
         evaluator.evaluate_when_due(step)  # the last attempt may have been stopped before it could
-        books.close(step)
+        close(books, step, work, total=total)
         # All stop after the same step. The vote comes first: whoever is told to stop may lack an evaluation.
         while step < total and not peers.agree(stop.requested) and not evaluator.stops_early:
             wait_seconds, batch = timed(batches)
@@ -159,7 +159,7 @@ def take_steps(work: Work, ready: Ready, stepper: Stepper) -> Ended:
             books.note(Stepped(step, taken, wait_seconds))
             settings.failpoint.hit("step", step)
             evaluator.evaluate_when_due(step)
-            books.close(step)
+            close(books, step, work, total=total)
 
         if peers.agree(stop.requested):
             books.give_way(step, seconds_left=stop.seconds_left)
@@ -167,6 +167,27 @@ def take_steps(work: Work, ready: Ready, stepper: Stepper) -> Ended:
         stepper.finish()
         books.finish(step)
     return Ended(step, evaluator)
+
+
+def close(books: Books, step: int, work: Work, *, total: int) -> None:
+    """Close the books of a step.
+
+    Where the leader may have to wait until an earlier checkpoint is uploaded, the others wait for it here, however long
+    that takes, and not in the collective that comes next, which times out.
+    """
+    first = work.peers.leader_first(f"books/{step}") if may_wait(work.run.spec, step, total=total) else nullcontext()
+    with first:
+        books.close(step)
+
+
+def may_wait(spec: TrainerSpec, step: int, *, total: int) -> bool:
+    """Return whether a checkpoint after `step` may have to be made at once. It depends on nothing but the step.
+
+    For all have to answer alike, also those that were stopped within an evaluation.
+    """
+    cadence = Cadence.parse(spec.checkpoint.interval)
+    steps = [spec.validation.every_steps, *([cadence.steps] if cadence.steps is not None else [])]
+    return step == total or any(step % interval == 0 for interval in steps)
 
 
 def go_back(work: Work, ready: Ready, stepper: Stepper, reason: RollBack) -> Ready:
