@@ -16,6 +16,7 @@ from diffusion_trainer.objective import (
     FlowProcess,
     objective_of,
     process_as_asked,
+    process_as_published,
 )
 from diffusion_trainer.objective.flow import shifted
 from diffusion_trainer.rng import Purpose, stream
@@ -140,6 +141,26 @@ def test_what_is_asked_for_is_honoured():
 def test_what_has_no_meaning_is_refused(process, asked, message):
     with pytest.raises(BadConfig, match=message):
         process_as_asked(process, Asked(**asked))
+
+
+def test_before_any_training_a_model_predicts_what_it_was_published_for():
+    asked = Asked(prediction_type="VPrediction", zero_terminal_snr=True)
+    assert process_as_published(NOISE, asked, silent=False) == NOISE
+    assert process_as_published(FLOW, Asked(shift=2), silent=False) == FLOW
+    told = process_as_published(NOISE, asked, silent=True)
+    assert told.prediction_type == "VPrediction"
+    assert told.alphas_cumprod is NOISE.alphas_cumprod  # on its own schedule
+
+
+def test_a_model_that_cannot_predict_what_it_says_predicts_what_the_job_says():
+    """Its scheduler ends in nothing but noise and does not name v: the refusal's remedy has to be one."""
+    mistaken = DiscreteProcess(torch.tensor([0.9, 0.5, 0.0]), "Epsilon", {})
+    for prediction in ("VPrediction", "Sample"):
+        found = process_as_published(mistaken, Asked(prediction_type=prediction), silent=False)
+        assert found.prediction_type == prediction
+        assert found.alphas_cumprod is mistaken.alphas_cumprod
+    with pytest.raises(BadConfig, match="use VPrediction"):
+        process_as_published(mistaken, Asked(), silent=False)
 
 
 @pytest.mark.parametrize("prediction", ["VPrediction", "Sample"])

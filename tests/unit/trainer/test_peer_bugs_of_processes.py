@@ -158,3 +158,35 @@ def test_the_node_stands_still_while_rank_0_draws_samples(monkeypatch):
         check(shared, of)
     with pytest.raises(AssertionError):
         check(planted, 2)
+
+
+def test_an_evaluation_leaves_all_prompts_to_rank_0(monkeypatch):
+    """The same bug, one floor up: the second of two processes draws its part, and sends it to where grids are made."""
+    drawn, told = [], []
+
+    def draw(_family, prompts, *, part, gather, **_):
+        drawn.append([prompt.seed for prompt in prompts[part]])
+        gather(drawn[-1])
+
+    monkeypatch.setattr(evaluation, "sample_grid", draw)
+    part = slice(1, None, 2)
+    second = SimpleNamespace(leads=False, part=part, gather=lambda name, values: told.append((name, values)))
+    spec = SimpleNamespace(validation=SimpleNamespace(prompts=PROMPTS), dataset=SimpleNamespace(resolution=8))
+    courier = SimpleNamespace(send=lambda *_: pytest.fail("the leader alone sends grids"))
+    evaluator = SimpleNamespace(
+        spec=spec, family=None, attached=SimpleNamespace(text=None), courier=courier, peers=second
+    )
+
+    def planted(evaluator, step):
+        return Evaluator._draw(evaluator, step) if evaluator.peers.leads else ()
+
+    def check(way):
+        drawn.clear()
+        told.clear()
+        assert way(evaluator, 3) == ()
+        assert drawn == [[1, 3]]
+        assert told == [("samples/3", [1, 3])]
+
+    check(Evaluator._draw)
+    with pytest.raises(AssertionError):
+        check(planted)

@@ -9,10 +9,9 @@ from typing import Any, cast
 import torch
 
 from diffusion_api.job import TrainerSpec
-from diffusion_api.training import Objective
 from diffusion_trainer.models.base import Family
 from diffusion_trainer.models.inspection import check_fit, says_nothing, trainable_family
-from diffusion_trainer.objective import process_as_asked
+from diffusion_trainer.objective import process_as_asked, process_as_published
 
 _FAMILIES = {
     "SD1": ("sd1", "StableDiffusion1"),
@@ -43,7 +42,6 @@ def open_model(folder: Path, spec: TrainerSpec, *, device: torch.device | str, d
     weights_dtype = torch.float32 if spec.trains == "Weights" else dtype  # trained weights are never rounded
     opened = family.open(folder, device=torch.device(device), dtype=dtype, weights_dtype=weights_dtype)
     asked = spec.training.objective
-    told = Objective(prediction_type=asked.prediction_type) if says_nothing(found, spec) else Objective()
-    opened.published = process_as_asked(opened.process, told)
+    opened.published = process_as_published(opened.process, asked, silent=says_nothing(found, spec))
     opened.process = process_as_asked(opened.process, asked)
     return cast("Family", opened)

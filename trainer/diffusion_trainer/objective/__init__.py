@@ -7,7 +7,7 @@ A time is what says how noisy an image is: a timestep (int64) of a discrete proc
 """
 
 from diffusion_trainer.objective.base import Objective, Process
-from diffusion_trainer.objective.choosing import objective_of, process_as_asked
+from diffusion_trainer.objective.choosing import objective_of, process_as_asked, process_as_published
 from diffusion_trainer.objective.discrete import DiscreteObjective, DiscreteProcess, Prediction
 from diffusion_trainer.objective.flow import FlowObjective, FlowProcess
 
@@ -21,4 +21,5 @@ __all__ = [
     "Process",
     "objective_of",
     "process_as_asked",
+    "process_as_published",
 ]

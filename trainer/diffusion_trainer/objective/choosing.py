@@ -44,12 +44,27 @@ def process_as_asked(process: Process, asked: Asked) -> Process:
     process = process if wanted == "Auto" else replace(process, prediction_type=wanted)
     if asked.zero_terminal_snr:
         return _ending_in_noise(process)
-    if process.prediction_type == "Epsilon" and process.alphas_cumprod[-1] == 0:
+    if _contradicts_itself(process):
         raise BadConfig(
             "training.objective.predictionType: the model's noise schedule ends without any signal "
             "(rescale_betas_zero_snr), where the noise says nothing of the image; use VPrediction"
         )
     return process
+
+
+def process_as_published(process: Process, asked: Asked, *, silent: bool) -> Process:
+    """Return the process that draws before any training: the model's own, whatever the job trains it to predict.
+
+    Where the model does not say what it predicts (`silent`), or says what cannot be, the job's word is all there is.
+    Raises `BadConfig` as `process_as_asked` does.
+    """
+    known = not silent and not (isinstance(process, DiscreteProcess) and _contradicts_itself(process))
+    return process_as_asked(process, Asked() if known else Asked(prediction_type=asked.prediction_type))
+
+
+def _contradicts_itself(process: DiscreteProcess) -> bool:
+    """Return whether the noise is predicted where there is nothing but noise, which says nothing of the image."""
+    return process.prediction_type == "Epsilon" and bool(process.alphas_cumprod[-1] == 0)
 
 
 def _ending_in_noise(process: DiscreteProcess) -> DiscreteProcess:
