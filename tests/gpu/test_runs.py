@@ -1,14 +1,9 @@
 """Runs in deterministic mode, killed and resumed, end with the weights of one that was left alone, bit for bit."""
 
-import json
-
 import pytest
 import torch
 
-from diffusion_api import names
-from diffusion_trainer.checkpoint import Ledger
-from diffusion_trainer.objectstore import open_store
-from testkit.attempts import UID, TrainerJob
+from testkit.attempts import TrainerJob
 from testkit.tiny import make_image_folder, make_tiny_sd1
 from testkit.warm import WarmTrainers
 
@@ -39,9 +34,7 @@ def trainers():
 
 def weights_of(job):
     """Return the tensors of the last checkpoint: weights, optimizer, averages, curves."""
-    store = open_store(f"file://{job.output}/{names.checkpoint_prefix(UID)}")
-    ledger = Ledger(store, attempt=99, run_spec_sha=json.loads(store.get("HEAD.json"))["run_spec_sha"])
-    snapshot = ledger.load()
+    snapshot = job.ledger().load()
     assert snapshot is not None
     assert snapshot.step == STEPS
     return {f"{group}/{name}": tensor for group, found in snapshot.tensors.items() for name, tensor in found.items()}

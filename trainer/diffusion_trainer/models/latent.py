@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion_api.model import Family as FamilyName
 from diffusion_trainer.models.autoencoder import Autoencoder
 from diffusion_trainer.models.files import ModelFiles
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, check_networks
+from diffusion_trainer.models.inspection import TRAINABLE
 from diffusion_trainer.models.loading import load_discrete_process, load_text_encoder, load_tokenizer, loaded, release
 from diffusion_trainer.objective import Process
 
@@ -33,13 +33,6 @@ class TextToImage(ABC):
     latent_scale = 8
     reads_most: tuple[str, int] = ("tokenizer", CLIP_TOKENS)
     """The tokenizer whose text encoder reads most, and how many tokens that is, marks of begin and end among them."""
-
-    @classmethod
-    def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
-        """Check and load a model of this family. Raises `InputMissing` and `BadData`."""
-        weights = check_files(folder, TRAINABLE[cls.name])
-        check_networks(folder, cls.name)
-        return cls(ModelFiles(folder, weights), device=device, dtype=dtype, weights_dtype=weights_dtype)
 
     def __init__(
         self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype

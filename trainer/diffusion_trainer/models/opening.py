@@ -10,7 +10,15 @@ import torch
 
 from diffusion_api.job import TrainerSpec
 from diffusion_trainer.models.base import Family
-from diffusion_trainer.models.inspection import check_fit, says_nothing, trainable_family
+from diffusion_trainer.models.files import ModelFiles
+from diffusion_trainer.models.inspection import (
+    TRAINABLE,
+    check_files,
+    check_fit,
+    check_networks,
+    says_nothing,
+    trainable_family,
+)
 from diffusion_trainer.objective import process_as_asked, process_as_published
 
 _FAMILIES = {
@@ -36,11 +44,13 @@ def open_model(folder: Path, spec: TrainerSpec, *, device: torch.device | str, d
     """
     found = trainable_family(folder, spec.model)
     check_fit(found, spec)
+    files = ModelFiles(folder, check_files(folder, TRAINABLE[found]))
+    check_networks(folder, found)
     # Here, because importing diffusers takes seconds and a refusal needs none of it.
     room, kind = _FAMILIES[found]
     family: Any = getattr(import_module(f"diffusion_trainer.models.{room}"), kind)
     weights_dtype = torch.float32 if spec.trains == "Weights" else dtype  # trained weights are never rounded
-    opened = family.open(folder, device=torch.device(device), dtype=dtype, weights_dtype=weights_dtype)
+    opened = family(files, device=torch.device(device), dtype=dtype, weights_dtype=weights_dtype)
     asked = spec.training.objective
     opened.published = process_as_published(opened.process, asked, silent=says_nothing(found, spec))
     opened.process = process_as_asked(opened.process, asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from diffusion_api.model import Family as FamilyName
 from diffusion_trainer.models.autoencoder import as_bytes
 from diffusion_trainer.models.base import Conditioning, Targets
 from diffusion_trainer.models.files import ModelFiles
-from diffusion_trainer.models.inspection import TRAINABLE, check_files, check_networks
 from diffusion_trainer.models.loading import load_discrete_process, loaded
 from diffusion_trainer.objective import Process
 
@@ -30,13 +29,6 @@ class UnconditionalUNet:
     latent_channels = 3
     conditioning_names: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
-
-    @classmethod
-    def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> Self:
-        """Check and load a model of this family. Raises `InputMissing` and `BadData`."""
-        weights = check_files(folder, TRAINABLE[cls.name])
-        check_networks(folder, cls.name)
-        return cls(ModelFiles(folder, weights), device=device, dtype=dtype, weights_dtype=weights_dtype)
 
     def __init__(
         self, files: ModelFiles, *, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype
